@@ -1,0 +1,70 @@
+"""The DPO learner: batch, optimizer, loss, reference, DeepSpeed."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from rlhf.config.base import Reserved, Section
+
+
+class Optimizer(Section):
+    """AdamW and its learning-rate schedule, which runs on the fraction of rounds done."""
+
+    lr: float = Field(3.0e-5, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="Decay after the warm-up, by fraction of all rounds."
+    )
+    warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Fraction of all rounds with a linear warm-up.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm.")
+
+
+class Loss(Section):
+    """The preference loss."""
+
+    type: Literal["sigmoid"] = Field("sigmoid", description="Sigmoid DPO (Rafailov et al. 2023).")
+    beta: float = Field(0.1, gt=0, description="Inverse temperature of the implicit reward.")
+
+
+class Reference(Section):
+    """The policy that the implicit reward is measured against."""
+
+    policy: Literal["initial"] = Field("initial", description="initial: the policy the run started from, frozen.")
+
+
+class Learner(Section):
+    """DeepSpeed ranks in Ray actors."""
+
+    world_size: int = Field(1, ge=1, description="DeepSpeed ranks, one Ray actor each.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="ZeRO stage.")
+    batch_size: int = Field(16, ge=1, description="Pairs per optimizer step, over all ranks.")
+    micro_batch_size: int = Field(4, ge=1, description="Pairs per rank per forward.")
+    epochs: int = Field(1, ge=1, description="Passes over a round's pairs.")
+    max_length: int = Field(
+        1024, ge=2, description="Longest prompt + response in tokens; a longer pair is dropped and counted."
+    )
+    optimizer: Optimizer = Field(default_factory=lambda: Optimizer(), description="Optimizer and schedule.")
+    loss: Loss = Field(default_factory=lambda: Loss(), description="Preference loss.")
+    reference: Reference = Field(default_factory=lambda: Reference(), description="Reference policy.")
+    lora: Reserved = Field(None, description="Reserved: LoRA adapters.")
+    trainable: Reserved = Field(None, description="Reserved: a named subset of parameters.")
+    warp: Reserved = Field(None, description="Reserved: rotated parametrisation.")
+    prefix_sharing: bool = Field(
+        True,
+        description="Compute each prompt once for both responses; models that cannot take the mask fall back to padding and say so.",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass to save memory."
+    )
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Merged over the generated DeepSpeed config.")
+    cpus: int | None = Field(
+        None, ge=1, description="CPU threads of one rank; null shares the local machine's cores among the ranks."
+    )
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Learner":
+        if self.batch_size % self.world_size:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of world_size {self.world_size}")
+        return self

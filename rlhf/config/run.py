@@ -1,0 +1,60 @@
+"""The whole config: one YAML file describes a run."""
+
+import re
+
+from pydantic import Field, field_validator, model_validator
+
+from rlhf.config.base import Reserved, Section
+from rlhf.config.data import Policy, Prompts
+from rlhf.config.generator import Generator
+from rlhf.config.judge import Judge, Pairing, SentimentJudge
+from rlhf.config.learner import Learner
+from rlhf.config.system import Checkpoint, Cluster, Evaluation, Monitor, Rounds, Sync
+
+
+class RunConfig(Section):
+    """An online-DPO run."""
+
+    name: str = Field(description="Name of the run and of its folder under `output_dir`.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of prompt order, sampling and training.")
+    output_dir: str = Field("runs", description="Folder that holds run directories.")
+    policy: Policy = Field(description="The model that is trained.")
+    prompts: Prompts = Field(description="The prompts the rounds draw from.")
+    rounds: Rounds = Field(default_factory=lambda: Rounds(), description="The rounds.")
+    generator: Generator = Field(default_factory=lambda: Generator(), description="The generators.")
+    judge: Judge = Field(default_factory=lambda: SentimentJudge(), description="The judge the training listens to.")
+    eval_judge: Judge | None = Field(
+        None, description="A judge the training never sees, for the evaluation; null takes `judge`."
+    )
+    pairing: Pairing = Field(default_factory=lambda: Pairing(), description="From verdicts to pairs.")
+    learner: Learner = Field(default_factory=lambda: Learner(), description="The learner.")
+    sync: Sync = Field(default_factory=lambda: Sync(), description="Weight updates.")
+    checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint(), description="Checkpoints.")
+    evaluation: Evaluation = Field(default_factory=lambda: Evaluation(), description="Evaluation.")
+    monitor: Monitor = Field(default_factory=lambda: Monitor(), description="Monitoring.")
+    cluster: Cluster = Field(default_factory=lambda: Cluster(), description="The cluster.")
+    preferences: Reserved = Field(None, description="Reserved: offline preference pairs.")
+    buffer: Reserved = Field(None, description="Reserved: replay buffer.")
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
+            raise ValueError("expected 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "RunConfig":
+        if self.learner.zero_stage == 0 and self.policy.dtype == "bfloat16":
+            raise ValueError(
+                "learner.zero_stage 0 with policy.dtype bfloat16 is refused: DeepSpeed's wrapper takes a wrong first Adam step there; "
+                "use zero_stage 1 (the same memory on one rank) or policy.dtype float32"
+            )
+        longest = self.prompts.max_tokens + self.generator.sampling.max_tokens
+        if longest > self.learner.max_length:
+            raise ValueError(
+                f"prompts.max_tokens + generator.sampling.max_tokens = {longest} exceeds learner.max_length {self.learner.max_length}: such pairs could never be trained"
+            )
+        if self.sync.transport == "nccl" and self.cluster.device == "cpu":
+            raise ValueError("sync.transport nccl needs GPUs; use object_store or auto with cluster.device cpu")
+        return self

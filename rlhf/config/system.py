@@ -1,0 +1,116 @@
+"""Rounds, weight sync, checkpoints, evaluation, monitoring and the cluster."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from rlhf.config.base import Section
+
+
+class Rounds(Section):
+    """How much work, and how far sampling may run ahead of training."""
+
+    count: int = Field(8, ge=1, description="Rounds of sample, judge, train, publish.")
+    prompts: int = Field(32, ge=1, description="Prompts a round.")
+    lookahead: Literal[0, 1] = Field(0, description="Rounds that sampling may run ahead of training; 0 is synchronous.")
+    max_staleness: int = Field(
+        1,
+        ge=0,
+        description="A round is not sampled when its responses would be more versions old than this at training.",
+    )
+
+    @model_validator(mode="after")
+    def _staleness(self) -> "Rounds":
+        if self.lookahead > self.max_staleness:
+            raise ValueError(
+                f"lookahead {self.lookahead} makes pairs staler than max_staleness {self.max_staleness} allows"
+            )
+        return self
+
+
+class Sync(Section):
+    """How new weights reach the generators."""
+
+    transport: Literal["auto", "object_store", "nccl"] = Field(
+        "auto",
+        description="object_store works anywhere; nccl needs learner and generators on separate GPUs; auto picks nccl there and object_store elsewhere.",
+    )
+    sparse: Literal[False] = Field(False, description="Reserved: send changed elements only.")
+    verify: bool = Field(
+        True, description="Checksum the payload and probe the engine's log-probs before a version serves."
+    )
+    bucket_mb: int = Field(256, ge=1, description="Size of one packed weight buffer, in MiB.")
+    probe_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="Largest mean |log-prob difference| of the probe; null: 1e-3 in float32, 0.15 in bfloat16.",
+    )
+
+
+class Checkpoint(Section):
+    """Saved state of the learner."""
+
+    every: int = Field(
+        1,
+        ge=1,
+        description="Rounds between checkpoints; rounds in between are replayed from their sealed pairs on resume.",
+    )
+    keep: int = Field(2, ge=1, description="Checkpoints kept.")
+
+
+class Evaluation(Section):
+    """Win rate against the round-0 policy on held-out prompts."""
+
+    every: int = Field(
+        4, ge=0, description="Rounds between evaluations; the last round is always evaluated; 0 turns it off."
+    )
+    samples: int = Field(4, ge=1, description="Responses per held-out prompt.")
+
+
+class Wandb(Section):
+    """Weights & Biases."""
+
+    mode: Literal["online", "offline", "disabled"] = Field(
+        "disabled", description="W&B mode; the key comes from the environment only."
+    )
+    project: str = Field("rlhf", description="W&B project.")
+    entity: str | None = Field(None, description="W&B team or user.")
+    group: str | None = Field(None, description="W&B group.")
+    tags: tuple[str, ...] = Field((), description="W&B tags.")
+
+
+class Monitor(Section):
+    """Where metrics go besides metrics.jsonl."""
+
+    wandb: Wandb = Field(default_factory=lambda: Wandb(), description="Weights & Biases.")
+    tensorboard: bool = Field(False, description="Write TensorBoard event files to the run directory.")
+    samples: int = Field(4, ge=0, description="Sample responses shown after an evaluation.")
+
+
+class Deadlines(Section):
+    """Seconds after which a wait fails and names what it waited for."""
+
+    start: float = Field(900, gt=0, description="Placing and starting one actor, its model loaded.")
+    generate: float = Field(3600, gt=0, description="All responses of a round.")
+    judge: float = Field(1800, gt=0, description="One batch of comparisons.")
+    learn: float = Field(7200, gt=0, description="All steps of a round.")
+    sync: float = Field(600, gt=0, description="One weight update on all generators.")
+    checkpoint: float = Field(1800, gt=0, description="Writing or reading a checkpoint.")
+
+
+class Cluster(Section):
+    """Where the actors run."""
+
+    address: str = Field(
+        "local",
+        description="local starts a private Ray on this machine; auto joins the one this process runs in; or an address.",
+    )
+    colocate: Literal[False] = Field(
+        False, description="Reserved: generator, judge and learner taking turns on one GPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where a node has a GPU.")
+    deadlines: Deadlines = Field(default_factory=lambda: Deadlines(), description="Deadlines, in seconds.")
+    temp_dir: str | None = Field(
+        None,
+        description="Ray's folder for sockets and logs of a local cluster; must be short. Null takes a fresh one under the system's temp folder.",
+    )

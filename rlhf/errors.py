@@ -1,0 +1,25 @@
+"""Errors that a user can act on. Everything else propagates with its traceback."""
+
+
+class RLHFError(Exception):
+    """A failed run with a message that is complete in one line; the command exits with 1."""
+
+    exit_code = 1
+
+
+class InputError(RLHFError):
+    """Bad config or input: names the file, the key, the value and what to do; the command exits with 2."""
+
+    exit_code = 2
+
+
+class DeadlineError(RLHFError):
+    """A wait passed its deadline; the message names what it waited for."""
+
+
+class PayloadError(RLHFError):
+    """A weight payload failed its checks before the engine was touched: the old version still serves."""
+
+
+class EngineLostError(RLHFError):
+    """An engine failed while loading weights: it cannot be rolled back and has to be replaced."""

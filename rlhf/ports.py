@@ -1,0 +1,176 @@
+"""The small protocols that the loop is written against; `actors/` implements them on Ray."""
+
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from rlhf.records import (
+    Comparison,
+    Prompt,
+    Rollout,
+    SampleRequest,
+    SealedRound,
+    StepReport,
+    SyncReport,
+    Verdict,
+    WeightManifest,
+)
+
+
+class Generators(Protocol):
+    """Samples responses on whichever replica is free."""
+
+    def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+        """Yield each response as it ends; raise `DeadlineError` after `deadline` seconds."""
+        ...
+
+
+class Judge(Protocol):
+    """Compares responses pairwise, batched over prompts."""
+
+    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """One verdict a comparison, in order; what cannot be judged is `invalid`, never guessed."""
+        ...
+
+
+class Scorer(Protocol):
+    """What `pair_model` needs of an engine."""
+
+    async def next_logprobs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> np.ndarray:
+        """Log-probs of `token_ids` as the next token of each prompt: float64 [len(prompts), len(token_ids)]."""
+        ...
+
+
+class PairSource(Protocol):
+    """Where a round's pairs come from."""
+
+    def plan(self, round: int) -> list[Prompt]:
+        """The prompts of a round: the same ones whenever it is asked."""
+        ...
+
+    async def streams(self, round: int) -> Mapping[str, SealedRound]:
+        """The round's weighted pair streams, sealed on disk."""
+        ...
+
+
+class Learner(Protocol):
+    """A group of ranks that trains the policy."""
+
+    async def train(self, sealed: SealedRound) -> list[StepReport]:
+        """Take the round's optimizer steps; refuses a round that it has already taken."""
+        ...
+
+    async def statistics(self) -> dict[str, float]:
+        """Round metrics of the last `train`: timing_s/reference, timing_s/learn, perf/*, mismatch/*, pairs/dropped_long."""
+        ...
+
+    async def save(self, path: Path) -> None:
+        """Write a checkpoint folder, whole or not at all."""
+        ...
+
+    async def load(self, path: Path) -> None:
+        """Restore what `save` wrote."""
+        ...
+
+    async def manifest(self, version: int) -> WeightManifest:
+        """Export the policy's weights, packed and checksummed, with the probe's log-probs."""
+        ...
+
+    async def export(self, path: Path) -> None:
+        """Write the policy as a Hugging Face checkpoint folder."""
+        ...
+
+
+class WeightPlane(Protocol):
+    """Moves a version to the generators and proves it."""
+
+    async def publish(self, manifest: WeightManifest, targets: Sequence[str]) -> SyncReport:
+        """Deliver to `targets` (member ids); a target serves the version only once the probe has proved it."""
+        ...
+
+
+class Fleet(Protocol):
+    """The generators as members that come and go."""
+
+    def members(self) -> list[str]:
+        """Ids of the members that exist, serving or not."""
+        ...
+
+    async def admit(self, member: str, version: int) -> None:
+        """Let a member serve `version`, which it must have proved."""
+        ...
+
+
+class Parametrisation(Protocol):
+    """How trained parameters relate to the checkpoint's tensors."""
+
+    def wrap(self, model: Any) -> Any:
+        """The model with what training needs put in place."""
+        ...
+
+    def trainable(self, model: Any) -> Iterator[tuple[str, Any]]:
+        """Names and parameters that the optimizer moves."""
+        ...
+
+    def export(self, model: Any) -> Iterator[tuple[str, Any]]:
+        """Names and whole tensors in checkpoint coordinates, one at a time."""
+        ...
+
+
+class BetaController(Protocol):
+    """Chooses beta; fed once per optimizer step with statistics already reduced over ranks."""
+
+    def beta(self) -> float:
+        """The beta of the next step."""
+        ...
+
+    def observe(self, statistics: Mapping[str, float]) -> None:
+        """Take the step's reduced sums: `h_sum`, `abs_logratio_sum`, `count`."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Anything a checkpoint holds."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on exactly from here."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up `state`."""
+        ...
+
+
+class Monitor(Protocol):
+    """Receives what happens."""
+
+    def log(self, event: str, round: int, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record metrics of an event: step, round or eval."""
+        ...
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show or store a table (samples, before and after)."""
+        ...
+
+    def alert(self, message: str) -> None:
+        """Warn: shown on the console and in W&B."""
+        ...
+
+    def progress(self, name: str, total: int | None) -> "Progress":
+        """A progress bar for a long part; use as a context manager."""
+        ...
+
+
+class Progress(Protocol):
+    """One running progress bar."""
+
+    def __enter__(self) -> "Progress": ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+    def advance(self, amount: int = 1) -> None:
+        """Move on by `amount`."""
+        ...

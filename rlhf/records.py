@@ -1,0 +1,214 @@
+"""Frozen records that travel between the parts. Token ids are tuples of ints: exactly the ids the engine sampled."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Message(dict[str, str]):
+    """A chat message: `{"role": ..., "content": ...}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as the policy sees it.
+
+    `uid` is unique over the run: a content hash and the epoch. `text` is the rendered chat template,
+    `messages` the conversation (the last turn is the user's), `token_ids` the encoded text.
+    """
+
+    uid: str
+    messages: tuple[Message, ...]
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """K responses wanted for one prompt; response k samples with `seeds[k]`."""
+
+    prompt: Prompt
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens [start, end) of a response were sampled under weight version `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response. `logprobs[t]` is the engine's log-prob of `token_ids[t]` at temperature 1.
+
+    A finished response ends with the end token the engine sampled; a truncated one (`finish_reason` "length") has none.
+    """
+
+    uid: str
+    k: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: str
+    versions: tuple[VersionSpan, ...]
+
+    @property
+    def oldest_version(self) -> int:
+        """The oldest version that wrote a token."""
+        return min(span.version for span in self.versions)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Which of two responses to the same conversation is better? `a` and `b` are response texts."""
+
+    uid: str
+    messages: tuple[Message, ...]
+    a: str
+    b: str
+    index_a: int = 0
+    index_b: int = 1
+
+
+class VerdictState(StrEnum):
+    """What the judge found about response A."""
+
+    WIN = "win"
+    LOSE = "lose"
+    TIE = "tie"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judged comparison.
+
+    `p_ab` is p(A wins) with A shown first, `p_ba` is p(A wins) with B shown first; a judge that does not see an
+    order gives the same number twice. Both are NaN when invalid. `score_a` and `score_b` are set by judges that
+    score a response alone.
+    """
+
+    comparison: Comparison
+    p_ab: float
+    p_ba: float
+    state: VerdictState
+    score_a: float | None = None
+    score_b: float | None = None
+    reason: str = ""
+
+    @property
+    def p(self) -> float:
+        """p(A wins), averaged over both orders (METHODS: half the sum of the two)."""
+        return 0.5 * (self.p_ab + self.p_ba)
+
+    @property
+    def flipped(self) -> bool:
+        """The two orders contradict each other."""
+        return (self.p_ab - 0.5) * (self.p_ba - 0.5) < 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A token-exact preference pair. Versions are the oldest that wrote a token of the response.
+
+    The log-probs are the engine's, one a token; empty where several versions wrote the response.
+    """
+
+    uid: str
+    round: int
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]
+    rejected_ids: tuple[int, ...]
+    prompt: str
+    chosen: str
+    rejected: str
+    p_chosen: float
+    chosen_version: int
+    rejected_version: int
+    chosen_logprobs: tuple[float, ...] = ()
+    rejected_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SealedRound:
+    """The pairs of a round as read back from disk, with the digest they were sealed under."""
+
+    round: int
+    pairs: tuple[Pair, ...]
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One optimizer step: metrics by contract name, reduced over ranks and masked for padding."""
+
+    round: int
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor in a packed buffer: bytes [offset, offset + nbytes), row-major, checkpoint name and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A packed buffer of tensors. `handle` is what the transport resolves to bytes (an object reference, say)."""
+
+    tensors: tuple[TensorSpec, ...]
+    nbytes: int
+    handle: Any = field(default=None, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Fixed tokens and the learner's log-prob of each token after the first, under the same version."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightManifest:
+    """Everything a receiver needs to fetch, check and prove a version."""
+
+    version: int
+    buckets: tuple[Bucket, ...]
+    probes: tuple[Probe, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(bucket.nbytes for bucket in self.buckets)
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """One published version. `failed` maps a target to why it did not take the version."""
+
+    version: int
+    seconds: float
+    nbytes: int
+    served: tuple[str, ...]
+    failed: dict[str, str]
+    probe_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoundReport:
+    """Metrics of one finished round, by contract name."""
+
+    round: int
+    metrics: dict[str, float]
+    warnings: tuple[str, ...] = ()
