@@ -1,0 +1,78 @@
+"""Evaluation during a run: held-out prompts, against the responses of the round-0 policy."""
+
+import asyncio
+from pathlib import Path
+
+from rlhf.config import RunConfig
+from rlhf.evaluation.evaluate import evaluate
+from rlhf.ports import Generators, Judge, Monitor
+from rlhf.records import Prompt, Rollout
+from rlhf.rounds.online import sample_requests
+from rlhf.rounds.sealing import read_rollouts, write_rollouts
+
+
+class Evaluator:
+    """Samples the held-out prompts with the same seeds each time and compares with the round-0 responses."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        prompts: tuple[Prompt, ...],
+        generators: Generators,
+        judge: Judge,
+        monitor: Monitor,
+        run_dir: Path,
+    ):
+        self._config = config
+        self._prompts = prompts
+        self._generators = generators
+        self._judge = judge
+        self._monitor = monitor
+        self._folder = run_dir / "evaluation"
+        self.results: dict[int, dict[str, float]] = {}
+
+    def due(self, round: int) -> bool:
+        """Is this round evaluated?"""
+        return round % self._config.evaluation.every == 0
+
+    async def baseline(self) -> None:
+        """Sample and keep the round-0 responses; everything later is compared with them."""
+        await self.evaluate(0)
+
+    async def evaluate(self, round: int) -> dict[str, float]:
+        """Sample, judge, log an `eval` event and show samples; returns the metrics."""
+        rollouts = await self._sample(round)
+        baseline = rollouts if round == 0 else await asyncio.to_thread(read_rollouts, self._path(0))
+        metrics, _ = await evaluate(rollouts, baseline, self._prompts, self._judge, seed=self._config.seed)
+        if round == 0:
+            # Against itself the win rate says nothing.
+            metrics = {name: value for name, value in metrics.items() if "win_rate" not in name}
+        self.results[round] = metrics
+        self._monitor.log("eval", round, metrics)
+        if round:
+            self._show(round, rollouts, baseline)
+        return metrics
+
+    async def _sample(self, round: int) -> list[Rollout]:
+        config = self._config
+        requests = sample_requests(list(self._prompts), config.evaluation.samples, config.seed, "evaluation")
+        rollouts = []
+        with self._monitor.progress("evaluate", len(requests) * config.evaluation.samples) as bar:
+            async for rollout in self._generators.sample(requests, config.cluster.deadlines.generate):
+                rollouts.append(rollout)
+                bar.advance()
+        self._folder.mkdir(exist_ok=True)
+        await asyncio.to_thread(write_rollouts, self._path(round), rollouts)
+        return rollouts
+
+    def _path(self, round: int) -> Path:
+        return self._folder / f"round-{round:04d}.parquet"
+
+    def _show(self, round: int, rollouts: list[Rollout], baseline: list[Rollout]) -> None:
+        before = {(rollout.uid, rollout.k): rollout.text for rollout in baseline}
+        now = {(rollout.uid, rollout.k): rollout.text for rollout in rollouts}
+        rows = [
+            (prompt.messages[-1]["content"], before[prompt.uid, 0].strip(), now[prompt.uid, 0].strip())
+            for prompt in self._prompts[: self._config.monitor.samples]
+        ]
+        self._monitor.table("samples", ("prompt", "before (round 0)", f"after (round {round})"), rows)

@@ -1,0 +1,31 @@
+"""The table a run ends with: before and after on held-out prompts."""
+
+import json
+from pathlib import Path
+
+from rlhf.ports import Monitor
+
+ROWS = (
+    ("judge score", "eval/score", "{:.3f}"),
+    ("win rate against round 0", "eval/win_rate", "{:.3f}"),
+    ("  95 % interval, low", "eval/win_rate_low", "{:.3f}"),
+    ("  95 % interval, high", "eval/win_rate_high", "{:.3f}"),
+    ("response length, tokens", "eval/length_mean", "{:.1f}"),
+    ("distinct bigrams", "eval/distinct_2", "{:.3f}"),
+)
+
+
+def show_summary(run_dir: Path, monitor: Monitor) -> None:
+    """Show the first and the last `eval` event of metrics.jsonl side by side."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    evals = [event for line in lines if (event := json.loads(line))["event"] == "eval"]
+    if len(evals) < 2:
+        return
+    first, last = evals[0], evals[-1]
+
+    def shown(event: dict[str, float], key: str, form: str) -> str:
+        value = event.get(key)
+        return "" if value is None else form.format(value)
+
+    rows = [(name, shown(first, key, form), shown(last, key, form)) for name, key, form in ROWS]
+    monitor.table("before and after", ("held-out prompts", f"round {first['round']}", f"round {last['round']}"), rows)
