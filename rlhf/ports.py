@@ -58,12 +58,12 @@ class PairSource(Protocol):
 class Learner(Protocol):
     """A group of ranks that trains the policy."""
 
-    async def train(self, sealed: SealedRound) -> list[StepReport]:
-        """Take the round's optimizer steps; refuses a round that it has already taken."""
+    def train(self, sealed: SealedRound) -> AsyncIterator[StepReport]:
+        """Take the round's optimizer steps, a report each; refuses a round that it has already taken."""
         ...
 
     async def statistics(self) -> dict[str, float]:
-        """Round metrics of the last `train`: timing_s/reference, timing_s/learn, perf/*, mismatch/*, pairs/dropped_long."""
+        """Round metrics of the last `train`: timing_s/{reference,learn}, perf/*, mismatch/*, pairs/dropped_long."""
         ...
 
     async def save(self, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Frozen records that travel between the parts. Token ids are tuples of ints: exactly the ids the engine sampled."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -203,6 +203,10 @@ class SyncReport:
     served: tuple[str, ...]
     failed: dict[str, str]
     probe_error: float
+
+    def timed(self, seconds: float) -> "SyncReport":
+        """The same report with the seconds from the learner's call to serving."""
+        return replace(self, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True)

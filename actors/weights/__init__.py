@@ -1,0 +1,1 @@
+"""Weight updates: packing, checks, and the plane that delivers and proves a version."""

@@ -1,0 +1,168 @@
+"""Builds the system from a config and runs it: the only place where all parts meet."""
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.monitor.group import MonitorGroup, build_monitor
+
+from actors.cluster import connect
+from actors.launch import Launcher, Parts
+from actors.weights.plane import ObjectStorePlane
+from rlhf.config import RunConfig
+from rlhf.data.chat import load_tokenizer
+from rlhf.data.prompts import PromptOrder, PromptSet, load_eval_prompts, load_prompts
+from rlhf.errors import RLHFError
+from rlhf.evaluation.loop import Evaluator
+from rlhf.evaluation.summary import show_summary
+from rlhf.files import rename_durable
+from rlhf.modelfiles import local_folder, tensor_shapes
+from rlhf.ports import Learner
+from rlhf.rounds.checkpoints import CheckpointStore
+from rlhf.rounds.controller import System, run_rounds
+from rlhf.rounds.ledger import Ledger, RoundState
+from rlhf.rounds.online import OnlineSource
+from rlhf.rounds.run_directory import open_run_directory
+
+PROBES = 2
+PROBE_TOKENS = 64
+"""Length of a probe: long enough to pass every layer and the head many times, short enough to cost milliseconds."""
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
+"""Largest mean |log-prob difference| of the probe. bfloat16 alone differs by about 0.05 between engines; a stale or
+missing tensor by about 1."""
+
+
+class Stopped(RLHFError):
+    """The run was stopped by SIGTERM after a clean save."""
+
+    exit_code = 143
+
+
+def train(config: RunConfig, fresh: bool = False) -> None:
+    """Run to the end, or resume a run directory that is not finished.
+
+    Raises `RLHFError` (its `exit_code` is the command's), `KeyboardInterrupt` on SIGINT; both after a clean save.
+    """
+    with open_run_directory(config, fresh) as run_dir:
+        monitor = build_monitor(config, run_dir)
+        code = 1
+        try:
+            with _one_error():
+                asyncio.run(_train(config, run_dir, monitor))
+            code = 0
+        finally:
+            monitor.close(code)
+
+
+async def _train(config: RunConfig, run_dir: Path, monitor: MonitorGroup) -> None:
+    ledger = Ledger(run_dir)
+    if ledger.state(config.rounds.count) == RoundState.PUBLISHED and (run_dir / "policy").exists():
+        monitor.alert(f"{run_dir}: all {config.rounds.count} rounds are done; --fresh starts over")
+        return
+    model = local_folder(config.policy.path, "policy.path")
+    shapes = tensor_shapes(model, "policy.path")
+    with monitor.progress("read prompts", None):
+        prompts, held_out = await asyncio.to_thread(_read_prompts, config, monitor)
+    payload = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    with connect(config, run_dir, object_store_bytes=4 * payload + (256 << 20)) as cluster, _stop_on_sigterm():
+        launcher = Launcher(config, cluster, str(model.resolve()), shapes)
+        probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in prompts.prompts[:PROBES]]
+        parts = await launcher.start(probes, monitor)
+        system = _assemble(config, run_dir, monitor, ledger, parts, prompts, held_out)
+        monitor.rewind(system.checkpoints.newest(monitor.alert))
+        await run_rounds(system, config)
+        await _export(parts.learner, run_dir, monitor)
+    if system.evaluator:
+        show_summary(run_dir, monitor)
+
+
+def _assemble(
+    config: RunConfig,
+    run_dir: Path,
+    monitor: MonitorGroup,
+    ledger: Ledger,
+    parts: Parts,
+    prompts: PromptSet,
+    held_out: PromptSet | None,
+) -> System:
+    tolerance = config.sync.probe_tolerance or TOLERANCE[config.policy.dtype]
+    evaluator = None
+    if held_out and config.evaluation.every:
+        evaluator = Evaluator(config, held_out.prompts, parts.fleet, parts.eval_judge, monitor, run_dir)
+    return System(
+        source=OnlineSource(
+            config, PromptOrder(prompts.prompts, config.seed), parts.fleet, parts.judge, ledger, monitor
+        ),
+        learner=parts.learner,
+        plane=ObjectStorePlane(parts.fleet, config.sync.verify, tolerance, config.cluster.deadlines.sync),
+        fleet=parts.fleet,
+        ledger=ledger,
+        checkpoints=CheckpointStore(run_dir, config.checkpoint.keep),
+        evaluator=evaluator,
+        monitor=monitor,
+    )
+
+
+def _read_prompts(config: RunConfig, monitor: MonitorGroup) -> tuple[PromptSet, PromptSet | None]:
+    tokenizer = load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code, key="policy.path")
+    prompts = load_prompts(config.prompts, tokenizer)
+    held_out = load_eval_prompts(config.prompts, tokenizer) if config.prompts.eval else None
+    dropped = {reason: count for reason, count in prompts.dropped.items() if count}
+    if dropped:
+        monitor.alert("prompts left out: " + ", ".join(f"{count} {reason}" for reason, count in dropped.items()))
+    return prompts, held_out
+
+
+async def _export(learner: Learner, run_dir: Path, monitor: MonitorGroup) -> None:
+    """The final policy as a Hugging Face checkpoint, whole or not at all."""
+    staging = run_dir / "policy.tmp"
+    shutil.rmtree(staging, ignore_errors=True)
+    with monitor.progress("save policy", None):
+        await learner.export(staging)
+    shutil.rmtree(run_dir / "policy", ignore_errors=True)
+    rename_durable(staging, run_dir / "policy")
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """SIGTERM cancels the run, which ends after the save under way; a second one ends the process at once."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    stopped = False
+
+    def stop() -> None:
+        nonlocal stopped
+        if stopped:
+            os._exit(Stopped.exit_code)
+        stopped = True
+        assert task is not None
+        task.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not stopped:
+            raise
+        raise Stopped("stopped by SIGTERM; the same command goes on from the last saved round") from None
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """Tasks fail in groups; a user gets the one error that is ours, anything else with its traceback."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        ours = group.subgroup(RLHFError)
+        if ours is None:
+            raise
+        error: BaseException = ours
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from group

@@ -1,0 +1,43 @@
+"""Waiting for Ray calls: always with a deadline that names what it waited for."""
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Any, TypeVar
+
+import ray
+
+from rlhf.errors import DeadlineError, RLHFError
+
+T = TypeVar("T")
+
+
+async def within(call: Awaitable[T], deadline: float, what: str) -> T:
+    """The call's result; raises `DeadlineError` naming `what` after `deadline` seconds.
+
+    An `RLHFError` raised in an actor comes out as itself; a dead actor as an `RLHFError` that names it.
+    """
+    try:
+        async with asyncio.timeout(deadline):
+            return await call
+    except TimeoutError:
+        raise DeadlineError(f"{what} did not end within {deadline:.0f} s") from None
+    except ray.exceptions.RayTaskError as error:
+        raise unwrap(error) from error
+    except ray.exceptions.RayActorError as error:
+        raise RLHFError(f"{what}: the actor died: {_first_line(error)}") from error
+
+
+async def all_within(calls: Sequence[Awaitable[T]], deadline: float, what: str) -> list[T]:
+    """`within` for several calls at once; the first failure is raised as soon as it happens."""
+    return list(await asyncio.gather(*(within(call, deadline, what) for call in calls)))
+
+
+def unwrap(error: ray.exceptions.RayTaskError) -> BaseException:
+    """The exception that was raised inside the actor, if it is one of ours; else the Ray error with its traceback."""
+    cause: Any = getattr(error, "cause", None)
+    return cause if isinstance(cause, RLHFError) else error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,194 @@
+"""vLLM's AsyncLLM behind the few calls that generators and judges need."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from actors.engine.plugin import TRANSPORT, register
+from rlhf.records import Bucket, Rollout, SampleRequest, VersionSpan
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine serves and how; `arguments` go to vLLM's engine arguments as they are."""
+
+    model: str
+    dtype: str
+    max_length: int
+    tensor_parallel: int
+    device: str
+    seed: int
+    trust_remote_code: bool
+    arguments: dict[str, Any]
+    receives_weights: bool
+
+
+class Engine:
+    """One vLLM engine. Every method is a coroutine of the caller's event loop."""
+
+    def __init__(self, spec: EngineSpec):
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        register()
+        self._salt = 0
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
+
+    def shutdown(self) -> None:
+        """Stop the engine's processes."""
+        self._engine.shutdown()
+
+    async def sample(self, request: SampleRequest, k: int, sampling: dict[str, Any], name: str) -> Rollout:
+        """Sample response `k` of a request with its own seed."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(**sampling, seed=request.seeds[k], logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
+        final = await self._run(request.prompt.token_ids, params, name)
+        output = final.outputs[0]
+        token_ids = tuple(output.token_ids)
+        return Rollout(
+            uid=request.prompt.uid,
+            k=k,
+            token_ids=token_ids,
+            logprobs=tuple(step[token].logprob for step, token in zip(output.logprobs or (), token_ids, strict=True)),
+            text=output.text,
+            finish_reason=output.finish_reason or "unknown",
+            versions=tuple(
+                VersionSpan(_version(span.version), span.start, span.end) for span in output.weight_versions or ()
+            ),
+        )
+
+    async def next_logprobs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> np.ndarray:
+        """Log-probs of `token_ids` as the next token of each prompt: float64 [len(prompts), len(token_ids)]."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=1.0, logprob_token_ids=list(token_ids))
+
+        async def score(index: int, prompt: Sequence[int]) -> list[float]:
+            final = await self._run(prompt, params, f"score-{id(prompts)}-{index}")
+            found = final.outputs[0].logprobs[0]
+            return [found[token].logprob if token in found else float("nan") for token in token_ids]
+
+        rows = await asyncio.gather(*(score(index, prompt) for index, prompt in enumerate(prompts)))
+        return np.asarray(rows, dtype=np.float64).reshape(len(prompts), len(token_ids))
+
+    async def sequence_logprobs(self, token_ids: Sequence[int], name: str) -> tuple[float, ...]:
+        """Log-prob of each token after the first, by one forward pass over the sequence."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        final = await self._run(token_ids, params, name)
+        found = final.prompt_logprobs or []
+        return tuple(row[token].logprob for row, token in zip(found[1:], token_ids[1:], strict=True))
+
+    async def connect(self, address: str, namespace: str, holder: str, expected: dict[str, tuple[int, ...]]) -> None:
+        """Let the engine's workers join the cluster as receivers of weights."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        info = {
+            "address": address,
+            "namespace": namespace,
+            "holder": holder,
+            "expected": [(name, list(shape)) for name, shape in expected.items()],
+        }
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def stage(self, buckets: Sequence[Bucket], verify: bool) -> None:
+        """Map and check a payload on every worker; the engine goes on serving."""
+        tables = [[asdict(spec) for spec in bucket.tensors] for bucket in buckets]
+        await self._engine.start_weight_update()
+        try:
+            await self._phase({"phase": "stage", "verify": verify, "buckets": tables})
+        finally:
+            # Ends vLLM's own session; the staged buffers stay until they are loaded or discarded.
+            await self._engine.finish_weight_update()
+
+    async def load(self, version: int) -> None:
+        """Put the staged payload in place of the old weights; sampling pauses until `resume`."""
+        await self._engine.pause_generation(mode="keep", clear_cache=False)
+        await self._engine.start_weight_update()
+        await self._phase({"phase": "load"})
+        await self._engine.finish_weight_update(weight_version=str(version))
+        # Prefixes cached under the old weights are stale. The reset does nothing while paused sequences hold blocks,
+        # hence also a salt per version.
+        self._salt = version
+        await self._engine.reset_prefix_cache()
+
+    async def discard(self) -> None:
+        """Forget a staged payload."""
+        await self._phase({"phase": "discard"})
+
+    async def resume(self) -> None:
+        """Let sampling go on after `load`."""
+        await self._engine.resume_generation()
+
+    async def _phase(self, info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=info))
+
+    async def _run(self, token_ids: Sequence[int], params: Any, name: str) -> Any:
+        from vllm.inputs import TokensPrompt
+
+        prompt = TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=str(self._salt))
+        final: Any = None
+        async for output in self._engine.generate(prompt, params, request_id=name):
+            final = output
+        if final is None:
+            raise RuntimeError(f"vLLM ended request {name} without an output")
+        return final
+
+
+def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """vLLM's arguments for a spec; `spec.arguments` win."""
+    arguments: dict[str, Any] = {
+        "model": spec.model,
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_length,
+        "tensor_parallel_size": spec.tensor_parallel,
+        "seed": spec.seed,
+        "trust_remote_code": spec.trust_remote_code,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+    }
+    if spec.device == "cpu":
+        arguments |= {
+            "enforce_eager": True,
+            # Seeded requests fail with chunked prefill on a CPU.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(8192, spec.max_length),
+            "max_num_seqs": 128,
+            "kv_cache_memory_bytes": 512 << 20,
+        }
+    if spec.receives_weights:
+        arguments["weight_transfer_config"] = {"backend": TRANSPORT}
+    return arguments | spec.arguments
+
+
+def engine_environment(device: str, cpus: int) -> dict[str, str]:
+    """Environment of an actor that holds an engine; it has to stand before vLLM is imported."""
+    environment = {"OMP_NUM_THREADS": str(cpus), "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    if device == "cpu":
+        # With the worker inside the engine's process its threads are not bound to one core. The small functions that
+        # vLLM compiles at first use would need a C++ compiler on the machine and 5 s, for nothing gained.
+        environment |= {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return environment
+
+
+async def all_rollouts(tasks: Sequence["asyncio.Task[Rollout]"]) -> AsyncIterator[Rollout]:
+    """Rollouts as they end."""
+    for task in asyncio.as_completed(tasks):
+        yield await task
+
+
+def _version(label: str) -> int:
+    return 0 if label == "default" else int(label)

@@ -1,0 +1,99 @@
+"""The generator fleet: hands prompts to whichever replica is free, and lets a replica serve only what it proved."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import ray
+
+from actors.calls import unwrap
+from rlhf.errors import DeadlineError, RLHFError
+from rlhf.records import Rollout, SampleRequest
+
+CHUNK = 4
+"""Prompts a replica takes at a time: few, so that the slowest replica does not end the round late."""
+
+
+class GeneratorFleet:
+    """The `Generators` and `Fleet` ports over generator actors.
+
+    A member is STALE (present, not serving) until it is admitted with a version that it has proved.
+    """
+
+    def __init__(
+        self,
+        handles: dict[str, Any],
+        sampling: dict[str, Any],
+        sequences: int,
+        restart: Callable[[str], Awaitable[Any]],
+    ):
+        self._handles = dict(handles)
+        self._sampling = sampling
+        self._sequences = sequences
+        self._restart = restart
+        self._serving: dict[str, int] = {}
+
+    def members(self) -> list[str]:
+        """Ids of all members, serving or not."""
+        return list(self._handles)
+
+    def handle(self, member: str) -> Any:
+        """The member's actor."""
+        return self._handles[member]
+
+    async def admit(self, member: str, version: int) -> None:
+        """Let a member serve; it is asked which version it has proved, since only the engine can know."""
+        proved = await self._handles[member].version.remote()
+        if proved != version:
+            raise RLHFError(f"{member} cannot be admitted with version {version}: it has proved {proved}")
+        self._serving[member] = version
+
+    async def replace(self, member: str) -> None:
+        """Put a new actor in a member's place; it is STALE until admitted."""
+        self._serving.pop(member, None)
+        self._handles[member] = await self._restart(member)
+
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+        """Yield responses as they end, from all serving members at once."""
+        if not self._serving:
+            raise RLHFError("no generator serves a proved version")
+        waiting = deque(requests)
+        results: asyncio.Queue[Rollout | BaseException] = asyncio.Queue()
+        expected = sum(len(request.seeds) for request in requests)
+        largest = max((len(request.seeds) for request in requests), default=1)
+        streams = max(1, -(-self._sequences // (CHUNK * largest)) + 1)
+        workers = [
+            asyncio.create_task(self._work(member, waiting, results))
+            for _ in range(streams)
+            for member in self._serving
+        ]
+        try:
+            async with asyncio.timeout(deadline):
+                for _ in range(expected):
+                    item = await results.get()
+                    if isinstance(item, BaseException):
+                        raise item
+                    yield item
+        except TimeoutError:
+            raise DeadlineError(
+                f"generators {', '.join(self._serving)}: not all of {expected} responses came within {deadline:.0f} s"
+            ) from None
+        finally:
+            for worker in workers:
+                worker.cancel()
+
+    async def _work(
+        self, member: str, waiting: deque[SampleRequest], results: "asyncio.Queue[Rollout | BaseException]"
+    ) -> None:
+        """Take chunks until none is left; a failure goes to the reader, which ends the round."""
+        try:
+            while waiting:
+                chunk = [waiting.popleft() for _ in range(min(CHUNK, len(waiting)))]
+                stream = self._handles[member].sample.options(num_returns="streaming").remote(chunk, self._sampling)
+                async for reference in stream:
+                    results.put_nowait(await reference)
+        except ray.exceptions.RayTaskError as error:
+            results.put_nowait(unwrap(error))
+        except ray.exceptions.RayActorError as error:
+            results.put_nowait(RLHFError(f"{member} died while sampling: {str(error).splitlines()[0]}"))

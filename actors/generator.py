@@ -1,0 +1,106 @@
+"""A generator: one vLLM engine in a Ray actor that samples, takes weight updates and proves them."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.engine.llm import Engine, EngineSpec
+from rlhf.errors import EngineLostError, PayloadError
+from rlhf.records import Probe, Rollout, SampleRequest, WeightManifest
+
+
+class GeneratorActor:
+    """Serves one version at a time; an engine whose load or probe failed never serves again."""
+
+    def __init__(self, name: str, spec: EngineSpec, expected: dict[str, tuple[int, ...]]):
+        self._name = name
+        self._engine = Engine(spec)
+        self._expected = expected
+        self._references: list[ray.ObjectRef] = []
+        self._version: int | None = None
+        self._failure: str | None = None
+
+    async def start(self) -> str:
+        """Connect the engine's workers to the cluster; returns the node's id once the model serves."""
+        context = ray.get_runtime_context()
+        await self._engine.connect(context.gcs_address, context.namespace, self._name, self._expected)
+        return context.get_node_id()
+
+    async def sample(self, requests: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Rollout]:
+        """Yield every response as it ends; all requests are batched continuously by the engine."""
+        if self._failure or self._version is None:
+            raise EngineLostError(f"{self._name} serves no proved version: {self._failure or 'no update yet'}")
+        tasks = [
+            asyncio.create_task(self._engine.sample(request, k, sampling, f"{request.prompt.uid}-{k}-{self._version}"))
+            for request in requests
+            for k in range(len(request.seeds))
+        ]
+        try:
+            for task in asyncio.as_completed(tasks):
+                yield await task
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def staged_references(self) -> list[ray.ObjectRef]:
+        """The buffers of the payload being staged; the engine's workers ask for them."""
+        return self._references
+
+    async def update(self, manifest: WeightManifest, verify: bool, tolerance: float) -> float:
+        """Stage, check, load and prove a version; returns the probe's largest mean |log-prob difference|.
+
+        Raises `PayloadError` if the engine was not touched (the old version still serves) and `EngineLostError` if
+        it has to be replaced.
+        """
+        if self._failure:
+            raise EngineLostError(f"{self._name}: {self._failure}")
+        self._references = [bucket.handle for bucket in manifest.buckets]
+        try:
+            await self._engine.stage(manifest.buckets, verify)
+        except Exception as error:
+            self._references = []
+            raise PayloadError(f"{self._name} refused version {manifest.version}: {_root(error)}") from None
+        try:
+            await self._engine.load(manifest.version)
+            await self._engine.resume()
+            error_found = await self._prove(manifest.probes, manifest.version) if verify else float("nan")
+        except Exception as error:
+            self._failure = f"loading version {manifest.version} failed: {_root(error)}"
+            raise EngineLostError(f"{self._name}: {self._failure}") from error
+        finally:
+            self._references = []
+        if verify and not error_found <= tolerance:
+            self._failure = (
+                f"version {manifest.version} gives log-probs {error_found:.3g} off the learner's "
+                f"(sync.probe_tolerance allows {tolerance:.3g})"
+            )
+            raise EngineLostError(f"{self._name}: {self._failure}")
+        self._version = manifest.version
+        return error_found
+
+    async def sequence_logprobs(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:
+        """The engine's log-prob of each token after the first."""
+        return await self._engine.sequence_logprobs(token_ids, f"logprobs-{id(token_ids)}")
+
+    def version(self) -> int | None:
+        """The proved version that is served; None before the first update and after a failure."""
+        return None if self._failure else self._version
+
+    async def _prove(self, probes: tuple[Probe, ...], version: int) -> float:
+        found = await asyncio.gather(
+            *(self._engine.sequence_logprobs(probe.token_ids, f"probe-{version}-{i}") for i, probe in enumerate(probes))
+        )
+        errors = [
+            float(np.abs(np.subtract(got, probe.logprobs)).mean()) for got, probe in zip(found, probes, strict=True)
+        ]
+        return max(errors)
+
+
+def _root(error: BaseException) -> str:
+    """One line about the innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0]

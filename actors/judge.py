@@ -1,0 +1,101 @@
+"""The judge pool: Ray actors shared by all generators, fed with batches gathered over prompts."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from actors.calls import within
+from rlhf.config.judge import Judge as JudgeConfig
+from rlhf.judging.build import build_judge
+from rlhf.records import Comparison, Verdict
+
+
+class JudgeActor:
+    """One judge; a judge that needs an engine holds it in this actor."""
+
+    def __init__(self, config: JudgeConfig, engine_spec: Any | None, trust_remote_code: bool):
+        scorer = tokenizer = None
+        if engine_spec is not None:
+            from actors.engine.llm import Engine
+            from rlhf.data.chat import load_tokenizer
+
+            scorer = Engine(engine_spec)
+            tokenizer = load_tokenizer(engine_spec.model, trust_remote_code=trust_remote_code, key="judge.path")
+        self._judge = build_judge(config, scorer=scorer, tokenizer=tokenizer)
+
+    async def start(self) -> str:
+        """The node's id once the judge is ready."""
+        return ray.get_runtime_context().get_node_id()
+
+    async def compare(self, comparisons: list[Comparison]) -> list[Verdict]:
+        """One verdict a comparison, in order."""
+        return await self._judge.compare(comparisons)
+
+
+@dataclass
+class _Batch:
+    comparisons: list[Comparison] = field(default_factory=list)
+    done: "asyncio.Future[list[Verdict]]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class JudgePool:
+    """The `Judge` port over the actors.
+
+    Calls that arrive together are joined into batches of `batch_size`; an actor has at most two batches, so that it
+    never waits and work goes to whichever is free.
+    """
+
+    LINGER_S = 0.005
+    """How long a batch that is not full waits for more: prompts finish in bursts."""
+
+    def __init__(self, handles: Sequence[Any], batch_size: int, deadline: float):
+        self._batch_size = batch_size
+        self._deadline = deadline
+        self._handles = list(handles)
+        self._free: asyncio.Queue[int] = asyncio.Queue()
+        for slot in range(2 * len(self._handles)):
+            self._free.put_nowait(slot % len(self._handles))
+        self._open: _Batch | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """One verdict a comparison, in order; raises `DeadlineError` if an actor does not answer in time."""
+        parts = []
+        for comparison in comparisons:
+            batch = self._open
+            if batch is None:
+                batch = self._open = _Batch()
+                self._spawn(self._linger(batch))
+            parts.append((batch, len(batch.comparisons)))
+            batch.comparisons.append(comparison)
+            if len(batch.comparisons) == self._batch_size:
+                self._close(batch)
+        return [(await batch.done)[index] for batch, index in parts]
+
+    async def _linger(self, batch: _Batch) -> None:
+        await asyncio.sleep(self.LINGER_S)
+        if self._open is batch:
+            self._close(batch)
+
+    def _close(self, batch: _Batch) -> None:
+        self._open = None
+        self._spawn(self._judge(batch))
+
+    async def _judge(self, batch: _Batch) -> None:
+        index = await self._free.get()
+        try:
+            what = f"judge {index}: {len(batch.comparisons)} comparisons"
+            verdicts = await within(self._handles[index].compare.remote(batch.comparisons), self._deadline, what)
+            batch.done.set_result(verdicts)
+        except BaseException as error:
+            batch.done.set_exception(error)
+        finally:
+            self._free.put_nowait(index)
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,138 @@
+"""The learner group: DeepSpeed ranks in Ray actors behind the `Learner` port."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.calls import all_within, unwrap, within
+from actors.weights.payload import pack
+from rlhf.config import RunConfig
+from rlhf.config.system import Deadlines
+from rlhf.errors import DeadlineError, RLHFError
+from rlhf.learning.rank import RankLearner
+from rlhf.records import Probe, SealedRound, StepReport, WeightManifest
+
+
+class LearnerActor:
+    """One DeepSpeed rank. Calls run one after the other, in the order in which they were made."""
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int, device: str):
+        self._rank = rank
+        self._learner = RankLearner(config, rank, world_size, device)
+        self._bucket_bytes = config.sync.bucket_mb << 20
+
+    def rendezvous(self) -> tuple[str, int]:
+        """An address and a free port on this node, for the ranks to meet at."""
+        import socket
+
+        with socket.socket() as server:
+            server.bind(("", 0))
+            return ray.util.get_node_ip_address(), server.getsockname()[1]
+
+    def start(self, address: str, port: int, deadline: float) -> str:
+        """Join the process group and load the model; returns the node's id."""
+        self._learner.start(address, port, deadline)
+        return ray.get_runtime_context().get_node_id()
+
+    def train(self, sealed: SealedRound) -> Iterator[StepReport]:
+        """Yield a report after each optimizer step; reports are the same on every rank, only rank 0 sends them."""
+        for report in self._learner.train(sealed):
+            if self._rank == 0:
+                yield report
+
+    def statistics(self) -> dict[str, float]:
+        """Round metrics of the last `train`."""
+        return self._learner.statistics()
+
+    def save(self, path: Path) -> None:
+        """Write this rank's part of a checkpoint."""
+        self._learner.save(path)
+
+    def load(self, path: Path) -> None:
+        """Restore this rank's part of a checkpoint."""
+        self._learner.load(path)
+
+    def export(self, path: Path) -> None:
+        """Write the policy as a Hugging Face checkpoint (rank 0; all ranks gather)."""
+        self._learner.export_hf(path)
+
+    def manifest(self, version: int, probes: Sequence[tuple[int, ...]]) -> WeightManifest | None:
+        """Pack the weights into the object store (rank 0; all ranks gather) and take the probes' log-probs.
+
+        This actor owns the buffers: they live as long as somebody holds the manifest.
+        """
+        logprobs = self._learner.probe(probes)
+        tensors = self._learner.export_tensors()
+        if self._rank:
+            for _ in tensors:
+                pass
+            return None
+        buckets = tuple(replace(bucket, handle=ray.put(buffer)) for bucket, buffer in pack(tensors, self._bucket_bytes))
+        proofs = tuple(Probe(tuple(ids), found) for ids, found in zip(probes, logprobs, strict=True))
+        return WeightManifest(version, buckets, proofs)
+
+
+class LearnerGroup:
+    """The `Learner` port over the rank actors; every call goes to all ranks."""
+
+    def __init__(self, handles: Sequence[Any], deadlines: Deadlines, probes: Sequence[tuple[int, ...]]):
+        self._handles = list(handles)
+        self._deadlines = deadlines
+        self._probes = list(probes)
+
+    async def start(self) -> None:
+        """Let the ranks meet and load their shards."""
+        limit = self._deadlines.start
+        address, port = await within(self._handles[0].rendezvous.remote(), limit, "learner 0: start")
+        await self._all("start", limit, "start", address, port, limit)
+
+    async def train(self, sealed: SealedRound) -> AsyncIterator[StepReport]:
+        """Yield the round's step reports as they are made."""
+        limit = self._deadlines.learn
+        streams = [handle.train.options(num_returns="streaming").remote(sealed) for handle in self._handles]
+        others = [asyncio.create_task(_drain(stream)) for stream in streams[1:]]
+        try:
+            async with asyncio.timeout(limit):
+                async for reference in streams[0]:
+                    yield await reference
+                await asyncio.gather(*others)
+        except TimeoutError:
+            raise DeadlineError(f"learner: round {sealed.round} was not trained within {limit:.0f} s") from None
+        except ray.exceptions.RayTaskError as error:
+            raise unwrap(error) from error
+        except ray.exceptions.RayActorError as error:
+            raise RLHFError(f"learner: a rank died in round {sealed.round}: {str(error).splitlines()[0]}") from error
+
+    async def statistics(self) -> dict[str, float]:
+        """Round metrics of the last `train`."""
+        return await within(self._handles[0].statistics.remote(), self._deadlines.learn, "learner 0: statistics")
+
+    async def save(self, path: Path) -> None:
+        """Write a checkpoint into `path`."""
+        await self._all("save", self._deadlines.checkpoint, f"save {path.name}", path)
+
+    async def load(self, path: Path) -> None:
+        """Restore a checkpoint."""
+        await self._all("load", self._deadlines.checkpoint, f"load {path.name}", path)
+
+    async def export(self, path: Path) -> None:
+        """Write the policy as a Hugging Face checkpoint."""
+        await self._all("export", self._deadlines.checkpoint, "export", path)
+
+    async def manifest(self, version: int) -> WeightManifest:
+        """Export the weights of `version`, packed and checksummed, with the probes' log-probs."""
+        found = await self._all("manifest", self._deadlines.sync, f"export version {version}", version, self._probes)
+        return found[0]
+
+    async def _all(self, method: str, deadline: float, what: str, *arguments: Any) -> list[Any]:
+        calls = [getattr(handle, method).remote(*arguments) for handle in self._handles]
+        return await all_within(calls, deadline, f"learner: {what}")
+
+
+async def _drain(stream: Any) -> None:
+    async for reference in stream:
+        await reference

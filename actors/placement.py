@@ -1,0 +1,64 @@
+"""Where actors run: one placement group a role, with a deadline and a message that says what is missing."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlhf.errors import DeadlineError, RLHFError
+
+
+@dataclass(frozen=True)
+class Role:
+    """Actors of one kind: how many, what each needs, and how they are spread over nodes."""
+
+    name: str
+    count: int
+    cpus: float
+    gpus: float
+    strategy: str
+
+    def bundle(self) -> dict[str, float]:
+        """Ray's resources of one actor."""
+        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+async def place(role: Role, deadline: float) -> PlacementGroup:
+    """Reserve the role's resources; raises `RLHFError` at once if no set of nodes can ever hold it.
+
+    Raises `DeadlineError` naming the role and what the cluster has free when `deadline` seconds have passed.
+    """
+    check_fits(role, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+    group = placement_group([role.bundle()] * role.count, strategy=role.strategy)
+    try:
+        await asyncio.wait_for(group.ready(), deadline)
+    except TimeoutError:
+        remove_placement_group(group)
+        free = {name: value for name, value in ray.available_resources().items() if name in ("CPU", "GPU")}
+        raise DeadlineError(
+            f"placing {role.count} {role.name} actors of {role.bundle()} took longer than {deadline:.0f} s; "
+            f"free now: {free}"
+        ) from None
+    return group
+
+
+def check_fits(role: Role, nodes: list[dict[str, Any]]) -> None:
+    """Raise `RLHFError` if the nodes, all of them empty, could not hold the role's actors."""
+    bundle = role.bundle()
+    room = sum(int(min(node.get(name, 0) // amount for name, amount in bundle.items() if amount)) for node in nodes)
+    if room < role.count:
+        total = {name: sum(node.get(name, 0) for node in nodes) for name in bundle}
+        raise RLHFError(
+            f"{role.count} {role.name} actors of {bundle} do not fit this cluster ({len(nodes)} nodes, {total} in all, "
+            f"room for {room}); ask for fewer or add nodes"
+        )
+
+
+def scheduling(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:
+    """Ray's scheduling strategy for actor `index` of a placed role."""
+    return PlacementGroupSchedulingStrategy(
+        group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
+    )

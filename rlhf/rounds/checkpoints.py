@@ -1,0 +1,93 @@
+"""Checkpoint folders that exist whole or not at all, with a manifest that tells a damaged one."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+from rlhf.files import rename_durable, sync_file, sync_folder, write_json
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointStore:
+    """`checkpoints/round-NNNN` folders of a run directory."""
+
+    def __init__(self, run_dir: Path, keep: int):
+        self._root = run_dir / "checkpoints"
+        self._keep = keep
+
+    def path(self, round: int) -> Path:
+        """Folder of a round's checkpoint."""
+        return self._root / f"round-{round:04d}"
+
+    def stage(self, round: int) -> Path:
+        """An empty folder to write a checkpoint into; leftovers of a killed try are removed."""
+        staging = self._root / f"round-{round:04d}.tmp"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        return staging
+
+    def commit(self, round: int) -> None:
+        """Hash and flush what was written, put it in place and remove checkpoints over the number kept."""
+        staging = self._root / f"round-{round:04d}.tmp"
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        for path in files:
+            sync_file(path)
+        table = {
+            str(path.relative_to(staging)): {"bytes": path.stat().st_size, "xxh3": _digest(path)} for path in files
+        }
+        write_json(staging / MANIFEST, {"round": round, "files": table})
+        for folder in {path.parent for path in files}:
+            sync_folder(folder)
+        shutil.rmtree(self.path(round), ignore_errors=True)
+        rename_durable(staging, self.path(round))
+        for old in self.rounds()[: -self._keep]:
+            shutil.rmtree(self.path(old))
+
+    def rounds(self) -> list[int]:
+        """Rounds with a checkpoint in place, oldest first."""
+        if not self._root.exists():
+            return []
+        names = (path.name for path in self._root.iterdir() if path.is_dir() and not path.name.endswith(".tmp"))
+        return sorted(int(name.removeprefix("round-")) for name in names if name.startswith("round-"))
+
+    def newest(self, warn: Callable[[str], None]) -> int:
+        """The newest round whose checkpoint is whole, 0 if there is none; damaged ones are named by `warn`."""
+        for round in reversed(self.rounds()):
+            problem = self.problem(round)
+            if problem is None:
+                return round
+            warn(f"{self.path(round)}: {problem}; going back to the checkpoint before it")
+        return 0
+
+    def problem(self, round: int) -> str | None:
+        """What is wrong with a checkpoint, None if every file is there with the bytes that were written."""
+        folder = self.path(round)
+        try:
+            table = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, KeyError):
+            return "the checkpoint has no readable manifest"
+        for name, entry in table.items():
+            path = folder / name
+            if not path.exists():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
+            if _digest(path) != entry["xxh3"]:
+                return f"{name} is damaged (checksum)"
+        return None
+
+
+def _entry(path: Path) -> dict[str, int | str]:
+    return {"bytes": path.stat().st_size, "xxh3": _digest(path)}
+
+
+def _digest(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(16 << 20):
+            state.update(chunk)
+    return state.hexdigest()

@@ -1,0 +1,110 @@
+"""The driver loop: sample, judge, seal; train, publish, save. Synchronous rounds are `lookahead: 0`, not another loop.
+
+Two coroutines share a queue. The first turns planned prompts into sealed pairs; the second trains them and publishes
+the new weights. A permit is spent on each round that is sampled and comes back when a round is published, so sampling
+runs at most `lookahead` rounds ahead of training.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from rlhf.config import RunConfig
+from rlhf.evaluation.loop import Evaluator
+from rlhf.ports import Fleet, Learner, Monitor, WeightPlane
+from rlhf.records import SealedRound, SyncReport
+from rlhf.rounds.checkpoints import CheckpointStore
+from rlhf.rounds.ledger import Ledger
+from rlhf.rounds.metrics import RoundClock, round_metrics
+from rlhf.rounds.online import OnlineSource
+from rlhf.rounds.saving import Saver
+
+
+@dataclass(frozen=True)
+class System:
+    """The parts of a run, behind their ports."""
+
+    source: OnlineSource
+    learner: Learner
+    plane: WeightPlane
+    fleet: Fleet
+    ledger: Ledger
+    checkpoints: CheckpointStore
+    evaluator: Evaluator | None
+    monitor: Monitor
+
+
+async def run_rounds(system: System, config: RunConfig) -> None:
+    """Run every round that is not done yet, from the newest whole checkpoint on."""
+    done = await resume(system)
+    await publish(system, done)
+    if system.evaluator and done == 0:
+        await system.evaluator.baseline()
+    queue: asyncio.Queue[SealedRound] = asyncio.Queue(maxsize=1)
+    permits = asyncio.Semaphore(1 + config.rounds.lookahead)
+    rounds = range(done + 1, config.rounds.count + 1)
+    saver = Saver(system.learner, system.checkpoints, system.ledger, config.checkpoint.every)
+    async with saver, asyncio.TaskGroup() as tasks:
+        tasks.create_task(sample_rounds(system, rounds, queue, permits))
+        tasks.create_task(train_rounds(system, config, rounds, queue, permits, saver))
+
+
+async def sample_rounds(
+    system: System, rounds: range, queue: "asyncio.Queue[SealedRound]", permits: asyncio.Semaphore
+) -> None:
+    """Turn planned prompts into sealed pairs, a permit a round."""
+    for round in rounds:
+        await permits.acquire()
+        streams = await system.source.streams(round)
+        await queue.put(streams["online"])
+
+
+async def train_rounds(
+    system: System,
+    config: RunConfig,
+    rounds: range,
+    queue: "asyncio.Queue[SealedRound]",
+    permits: asyncio.Semaphore,
+    saver: Saver,
+) -> None:
+    """Train each sealed round, publish the new version, save it while the next round is sampled."""
+    for round in rounds:
+        clock = RoundClock()
+        sealed = await queue.get()
+        clock.lap("idle")
+        with system.monitor.progress("learn", len(sealed.pairs) * config.learner.epochs) as bar:
+            async for report in system.learner.train(sealed):
+                system.monitor.log("step", round, report.metrics, step=report.step)
+                bar.advance(int(report.metrics["train/pairs"]))
+        statistics = await system.learner.statistics()
+        clock.lap("learn")
+        synced = await publish(system, round)
+        clock.lap("sync")
+        last = round == config.rounds.count
+        checkpoint_s = await saver.save(round, last=last)
+        if system.evaluator and (last or system.evaluator.due(round)):
+            await system.evaluator.evaluate(round)
+        permits.release()
+        metrics, warnings = round_metrics(system.source, statistics, sealed, synced, clock, checkpoint_s)
+        system.monitor.log("round", round, metrics)
+        for warning in warnings:
+            system.monitor.alert(warning)
+
+
+async def publish(system: System, version: int) -> SyncReport:
+    """Bring the learner's weights to every generator as `version` and admit those that proved it."""
+    started = time.monotonic()
+    manifest = await system.learner.manifest(version)
+    report = await system.plane.publish(manifest, system.fleet.members())
+    for member in report.served:
+        await system.fleet.admit(member, version)
+    return report.timed(time.monotonic() - started)
+
+
+async def resume(system: System) -> int:
+    """Load the newest whole checkpoint; returns the rounds it covers. Sealed rounds after it are trained again."""
+    done = system.checkpoints.newest(system.monitor.alert)
+    if done:
+        with system.monitor.progress("load checkpoint", None):
+            await system.learner.load(system.checkpoints.path(done))
+    return done

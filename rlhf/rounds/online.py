@@ -1,0 +1,155 @@
+"""The online pair source: sample K responses, judge each prompt as soon as they are in, seal the pairs."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.config import RunConfig
+from rlhf.data.prompts import PromptOrder
+from rlhf.errors import InputError
+from rlhf.judging.health import health_warnings, judge_metrics
+from rlhf.ports import Generators, Judge, Monitor
+from rlhf.records import Prompt, Rollout, SampleRequest, SealedRound, Verdict
+from rlhf.rounds.ledger import Ledger, RoundState
+from rlhf.rounds.pairing import PairingResult, make_pairs
+from rlhf.rounds.sealing import read_sealed, seal_pairs, write_rollouts, write_verdicts
+from rlhf.seeds import derive_seed
+
+
+class OnlineSource:
+    """Plans rounds from the prompt order and turns them into sealed pairs, once; afterwards reads them back."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        order: PromptOrder,
+        generators: Generators,
+        judge: Judge,
+        ledger: Ledger,
+        monitor: Monitor,
+    ):
+        self._config = config
+        self._order = order
+        self._generators = generators
+        self._judge = judge
+        self._ledger = ledger
+        self._monitor = monitor
+
+    def plan(self, round: int) -> list[Prompt]:
+        """The round's prompts, planned in the ledger before anything is sampled."""
+        start = self._ledger.cursor(round)
+        prompts = self._order.slice(start, self._config.rounds.prompts)
+        planned = self._ledger.plan(round)
+        if planned and len(planned) != len(prompts):
+            prompts = self._order.slice(start, len(planned))
+        uids = [prompt.uid for prompt in prompts]
+        if planned and planned != uids:
+            raise InputError(
+                f"prompts.path = {self._config.prompts.path!r}: not the prompts that round {round} was planned with; "
+                "restore the file, or start over with --fresh"
+            )
+        self._ledger.commit(round, RoundState.PLANNED, {"uids": uids, "cursor": start})
+        return prompts
+
+    async def streams(self, round: int) -> Mapping[str, SealedRound]:
+        """The round's sealed pairs, sampled and judged now unless they are on disk already."""
+        prompts = self.plan(round)
+        if self._ledger.state(round) < RoundState.SEALED:
+            await self._sample_and_seal(round, prompts)
+        sealed = self._ledger.manifest(round)["pairs"]
+        return {"online": read_sealed(self._ledger.folder(round) / "pairs.parquet", round, sealed["sha256"])}
+
+    def metrics(self, round: int) -> tuple[dict[str, float], list[str]]:
+        """Metrics and warnings of the sampling and judging of a sealed round."""
+        sealed = self._ledger.manifest(round)["pairs"]
+        return dict(sealed["metrics"]), list(sealed["warnings"])
+
+    async def _sample_and_seal(self, round: int, prompts: list[Prompt]) -> None:
+        started = time.monotonic()
+        rollouts, results, generate_s = await self._rollouts_and_verdicts(round, prompts)
+        total_s = time.monotonic() - started
+        verdicts = [verdict for result in results for verdict in result.verdicts]
+        pairs = [pair for result in results for pair in result.pairs]
+        metrics = rollout_metrics(rollouts, generate_s) | judge_metrics(verdicts) | _pair_metrics(results)
+        metrics |= {"timing_s/generate": generate_s, "timing_s/judge": total_s - generate_s}
+        warnings = health_warnings(metrics) + _empty_warnings(round, metrics)
+        folder = self._ledger.folder(round)
+        await asyncio.to_thread(_write, folder, rollouts, verdicts)
+        digest = await asyncio.to_thread(seal_pairs, folder / "pairs.parquet", pairs)
+        payload = {"sha256": digest, "count": len(pairs), "metrics": metrics, "warnings": warnings}
+        self._ledger.commit(round, RoundState.SEALED, {"pairs": payload})
+
+    async def _rollouts_and_verdicts(
+        self, round: int, prompts: list[Prompt]
+    ) -> tuple[list[Rollout], list[PairingResult], float]:
+        """All responses, what became of each prompt, and the seconds until the last response was in."""
+        samples = self._config.generator.samples
+        requests = sample_requests(prompts, samples, self._config.seed, round)
+        by_uid = {prompt.uid: prompt for prompt in prompts}
+        groups: dict[str, list[Rollout]] = {prompt.uid: [] for prompt in prompts}
+        judged: list[asyncio.Task[PairingResult]] = []
+        started = time.monotonic()
+        async with asyncio.TaskGroup() as tasks:
+            with self._monitor.progress("generate", len(prompts) * samples) as bar:
+                async for rollout in self._generators.sample(requests, self._config.cluster.deadlines.generate):
+                    bar.advance()
+                    group = groups[rollout.uid]
+                    group.append(rollout)
+                    if len(group) == samples:
+                        # Judging starts with the first finished prompt, while others are still sampled.
+                        judged.append(tasks.create_task(self._pairs(by_uid[rollout.uid], group, round)))
+            generate_s = time.monotonic() - started
+            with self._monitor.progress("judge", len(judged)) as bar:
+                for done in asyncio.as_completed(judged):
+                    await done
+                    bar.advance()
+        rollouts = [rollout for group in groups.values() for rollout in group]
+        return rollouts, [task.result() for task in judged], generate_s
+
+    async def _pairs(self, prompt: Prompt, group: list[Rollout], round: int) -> PairingResult:
+        rng = np.random.default_rng(derive_seed(self._config.seed, "pairing", prompt.uid, round))
+        ordered = sorted(group, key=lambda rollout: rollout.k)
+        return await make_pairs(ordered, prompt, self._judge, self._config.pairing, rng, round)
+
+
+def sample_requests(prompts: list[Prompt], samples: int, seed: int, scope: int | str) -> list[SampleRequest]:
+    """Requests whose seeds derive from (run seed, prompt uid, round, k): a retry samples the same responses."""
+    return [
+        SampleRequest(prompt, tuple(derive_seed(seed, prompt.uid, scope, k) for k in range(samples)))
+        for prompt in prompts
+    ]
+
+
+def rollout_metrics(rollouts: list[Rollout], seconds: float) -> dict[str, float]:
+    """rollout/{tokens,tokens_per_s,length_mean,truncated_rate}; tokens are sampled tokens, lengths in tokens."""
+    tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    count = max(len(rollouts), 1)
+    return {
+        "rollout/tokens": float(tokens),
+        "rollout/tokens_per_s": tokens / seconds,
+        "rollout/length_mean": tokens / count,
+        "rollout/truncated_rate": sum(rollout.finish_reason == "length" for rollout in rollouts) / count,
+    }
+
+
+def _pair_metrics(results: list[PairingResult]) -> dict[str, float]:
+    names = ("kept", "dropped_tie", "dropped_invalid", "empty_responses")
+    return {f"pairs/{name}": float(sum(result.counts[name] for result in results)) for name in names}
+
+
+def _empty_warnings(round: int, metrics: dict[str, Any]) -> list[str]:
+    warnings = []
+    if not metrics["pairs/kept"]:
+        warnings.append(f"round {round} kept no pair: no step is taken (see pairs/dropped_* and judge/*)")
+    if metrics["pairs/empty_responses"]:
+        warnings.append(f"{metrics['pairs/empty_responses']:.0f} responses have no tokens and were left out")
+    return warnings
+
+
+def _write(folder: Path, rollouts: list[Rollout], verdicts: list[Verdict]) -> None:
+    write_rollouts(folder / "rollouts.parquet", rollouts)
+    write_verdicts(folder / "verdicts.parquet", verdicts)

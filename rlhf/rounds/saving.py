@@ -1,0 +1,66 @@
+"""Checkpoints written in the background, while the next round is sampled."""
+
+import asyncio
+import time
+from types import TracebackType
+from typing import Self
+
+from rlhf.ports import Learner
+from rlhf.rounds.checkpoints import CheckpointStore
+from rlhf.rounds.ledger import Ledger, RoundState
+
+
+class Saver:
+    """Saves the learner and then moves the rounds that the checkpoint covers to TRAINED and PUBLISHED.
+
+    The learner's ranks take calls in order, so a save that is under way when the next round's pairs arrive delays
+    them and never sees half a step. One save runs at a time. Leaving the context waits for it, also on an error or a
+    stop: what has been trained is kept.
+    """
+
+    def __init__(self, learner: Learner, checkpoints: CheckpointStore, ledger: Ledger, every: int):
+        self._learner = learner
+        self._checkpoints = checkpoints
+        self._ledger = ledger
+        self._every = every
+        self._running: asyncio.Task[float] | None = None
+        self._covered: list[int] = []
+
+    async def save(self, round: int, last: bool) -> float:
+        """Start a save if one is due; returns the seconds that the save before it took, 0.0 if there was none."""
+        seconds = await self._finish()
+        self._covered.append(round)
+        if last or round % self._every == 0:
+            covered, self._covered = self._covered, []
+            self._running = asyncio.create_task(self._write(round, covered))
+            # The learner gets the call before it can get the next round's pairs.
+            await asyncio.sleep(0)
+        return seconds
+
+    async def __aenter__(self) -> Self:
+        """Nothing to prepare."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the save under way; after a failure its own error must not hide the first one."""
+        if kind is None:
+            await self._finish()
+        elif self._running is not None:
+            await asyncio.wait([self._running])
+
+    async def _finish(self) -> float:
+        running, self._running = self._running, None
+        return await running if running else 0.0
+
+    async def _write(self, round: int, covered: list[int]) -> float:
+        started = time.monotonic()
+        await self._learner.save(self._checkpoints.stage(round))
+        await asyncio.to_thread(self._checkpoints.commit, round)
+        name = self._checkpoints.path(round).name
+        for done in covered:
+            self._ledger.commit(done, RoundState.TRAINED, {"checkpoint": name})
+            # The weights were published before the save began: a round is only called trained once it cannot be lost.
+            self._ledger.commit(done, RoundState.PUBLISHED, {"version": done})
+        return time.monotonic() - started
