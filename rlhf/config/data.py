@@ -23,7 +23,8 @@ class EvalPrompts(Section):
     """Held-out prompts: the training never sees them."""
 
     path: str = Field(
-        description="File or dataset of the held-out prompts; may be the training file, whose first `count` prompts are then held out."
+        description="File or dataset of the held-out prompts; may be the training file, whose first `count` prompts "
+        "are then held out."
     )
     count: int = Field(32, ge=1, description="How many prompts an evaluation samples.")
     split: str | None = Field(None, description="Dataset split; null takes that of `prompts`.")
@@ -40,7 +41,8 @@ class Prompts(Section):
     column: str = Field("prompt", description="Column that holds the prompt, a string or a list of chat messages.")
     format: PromptFormat = Field(
         "auto",
-        description="How a row becomes a prompt; auto decides by the column's type, hh_rlhf takes the dialogue up to the last assistant turn.",
+        description="How a row becomes a prompt; auto decides by the column's type, hh_rlhf takes the dialogue up to "
+        "the last assistant turn.",
     )
     max_tokens: int = Field(
         256, ge=1, description="Prompts longer than this after the chat template are dropped and counted."

@@ -48,6 +48,7 @@ class Pairing(Section):
 
     strategy: Literal["best_vs_worst", "random", "all_pairs"] = Field(
         "best_vs_worst",
-        description="best_vs_worst: one pair a prompt; random: two responses drawn from the seed; all_pairs: every decisive comparison.",
+        description="best_vs_worst: one pair a prompt; random: two responses drawn from the seed; all_pairs: every "
+        "decisive comparison.",
     )
     min_margin: float = Field(0.1, ge=0, lt=1, description="Pairs with |2p - 1| below this are ties and dropped.")

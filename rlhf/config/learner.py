@@ -53,7 +53,8 @@ class Learner(Section):
     warp: Reserved = Field(None, description="Reserved: rotated parametrisation.")
     prefix_sharing: bool = Field(
         True,
-        description="Compute each prompt once for both responses; models that cannot take the mask fall back to padding and say so.",
+        description="Compute each prompt once for both responses; models that cannot take the mask fall back to "
+        "padding and say so.",
     )
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
@@ -66,5 +67,7 @@ class Learner(Section):
     @model_validator(mode="after")
     def _divisible(self) -> "Learner":
         if self.batch_size % self.world_size:
-            raise ValueError(f"batch_size {self.batch_size} must be a multiple of world_size {self.world_size}")
+            raise ValueError(
+                f"learner.batch_size {self.batch_size} must be a multiple of learner.world_size {self.world_size}"
+            )
         return self

@@ -47,13 +47,14 @@ class RunConfig(Section):
     def _combinations(self) -> "RunConfig":
         if self.learner.zero_stage == 0 and self.policy.dtype == "bfloat16":
             raise ValueError(
-                "learner.zero_stage 0 with policy.dtype bfloat16 is refused: DeepSpeed's wrapper takes a wrong first Adam step there; "
-                "use zero_stage 1 (the same memory on one rank) or policy.dtype float32"
+                "learner.zero_stage 0 with policy.dtype bfloat16 is refused: DeepSpeed's wrapper takes a wrong first "
+                "Adam step there; use learner.zero_stage 1 (the same memory on one rank) or policy.dtype float32"
             )
         longest = self.prompts.max_tokens + self.generator.sampling.max_tokens
         if longest > self.learner.max_length:
             raise ValueError(
-                f"prompts.max_tokens + generator.sampling.max_tokens = {longest} exceeds learner.max_length {self.learner.max_length}: such pairs could never be trained"
+                f"prompts.max_tokens + generator.sampling.max_tokens = {longest} exceeds learner.max_length "
+                f"{self.learner.max_length}: such pairs could never be trained; raise it or lower one of the two"
             )
         if self.sync.transport == "nccl" and self.cluster.device == "cpu":
             raise ValueError("sync.transport nccl needs GPUs; use object_store or auto with cluster.device cpu")

@@ -23,7 +23,8 @@ class Rounds(Section):
     def _staleness(self) -> "Rounds":
         if self.lookahead > self.max_staleness:
             raise ValueError(
-                f"lookahead {self.lookahead} makes pairs staler than max_staleness {self.max_staleness} allows"
+                f"rounds.lookahead {self.lookahead} makes pairs staler than rounds.max_staleness {self.max_staleness} "
+                "allows; raise it or set rounds.lookahead 0"
             )
         return self
 
@@ -33,7 +34,8 @@ class Sync(Section):
 
     transport: Literal["auto", "object_store", "nccl"] = Field(
         "auto",
-        description="object_store works anywhere; nccl needs learner and generators on separate GPUs; auto picks nccl there and object_store elsewhere.",
+        description="object_store works anywhere; nccl needs learner and generators on separate GPUs; auto picks nccl "
+        "there and object_store elsewhere.",
     )
     sparse: Literal[False] = Field(False, description="Reserved: send changed elements only.")
     verify: bool = Field(
@@ -103,7 +105,8 @@ class Cluster(Section):
 
     address: str = Field(
         "local",
-        description="local starts a private Ray on this machine; auto joins the one this process runs in; or an address.",
+        description="local starts a private Ray on this machine; auto joins the one this process runs in; or an "
+        "address.",
     )
     colocate: Literal[False] = Field(
         False, description="Reserved: generator, judge and learner taking turns on one GPU."
@@ -112,5 +115,6 @@ class Cluster(Section):
     deadlines: Deadlines = Field(default_factory=lambda: Deadlines(), description="Deadlines, in seconds.")
     temp_dir: str | None = Field(
         None,
-        description="Ray's folder for sockets and logs of a local cluster; must be short. Null takes a fresh one under the system's temp folder.",
+        description="Ray's folder for sockets and logs of a local cluster; must be short. Null takes a fresh one under "
+        "the system's temp folder.",
     )
