@@ -1,0 +1,1 @@
+"""Monitoring: metrics.jsonl, console, TensorBoard, Weights & Biases and the HTML report."""
