@@ -1,0 +1,190 @@
+"""DeepSpeed: the only file that imports it. Process group, engines, accumulation, gathering, checkpoints."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rlhf.config.learner import Learner, Optimizer
+from rlhf.errors import DeadlineError, RLHFError
+
+TAG = "learner"
+BUCKET = 50_000_000
+"""Elements of a communication bucket. DeepSpeed's default of 5e8 would reserve 1 GB a rank."""
+
+
+def _deepspeed(device: str) -> Any:
+    """The deepspeed module, set up for `device` before its first import: it picks its accelerator then."""
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    return deepspeed
+
+
+def join(device: str, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
+    """Join the ranks' process group, gloo on a CPU and NCCL on GPUs; a group of this size is kept if there is one.
+
+    `timeout_s` bounds the meeting and every later collective. Raises `DeadlineError` when the ranks do not meet.
+    """
+    deepspeed = _deepspeed(device)
+    if device == "cpu":
+        # The shared-memory collective compiles for 25 s at first use and spins for ever on a missing peer.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if dist.is_initialized() and dist.get_world_size() != world_size:
+        raise RLHFError(f"rank {rank}: already in a process group of {dist.get_world_size()}, not {world_size}")
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    try:
+        deepspeed.init_distributed(
+            "gloo" if device == "cpu" else "nccl",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
+            init_method=f"tcp://{address}:{port}",
+            rank=rank,
+            world_size=world_size,
+        )
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise DeadlineError(
+            f"learner rank {rank}: waited {timeout_s:.0f} s for {world_size} ranks to meet at {address}:{port}"
+        ) from error
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid over it, key by key; neither is changed."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def deepspeed_config(learner: Learner, dtype: torch.dtype) -> dict[str, Any]:
+    """The generated DeepSpeed config with the run's raw overrides laid over it."""
+    generated: dict[str, Any] = {
+        # The boundaries of accumulation are set by hand; more than 1 only tells offloading to accumulate.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": learner.optimizer.max_grad_norm,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": learner.zero_stage,
+            "overlap_comm": False,
+            "reduce_bucket_size": BUCKET,
+            "allgather_bucket_size": BUCKET,
+        },
+    }
+    if dtype == torch.bfloat16:
+        generated["bf16"] = {"enabled": True}
+        # bf16 accumulation, the default, loses small micro-batch gradients.
+        generated["data_types"] = {"grad_accum_dtype": "fp32"}
+    return merge(generated, learner.deepspeed)
+
+
+def build_optimizer(parameters: Sequence[tuple[str, nn.Parameter]], options: Optimizer) -> torch.optim.AdamW:
+    """AdamW over matrices with weight decay and over vectors (norms, biases) without."""
+    matrices = [p for _, p in parameters if p.dim() >= 2]
+    vectors = [p for _, p in parameters if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    # One fused pass over the flat masters instead of ten.
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=options.lr, betas=options.betas, eps=options.eps, fused=True
+    )
+
+
+class TrainEngine:
+    """A module under DeepSpeed, with accumulation boundaries set by hand."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        learner: Learner,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        self._zero = _deepspeed(device).zero
+        self.config = deepspeed_config(learner, dtype)
+        optimizer = build_optimizer(parameters, learner.optimizer)
+        self._engine, *_ = _deepspeed(device).initialize(model=module, optimizer=optimizer, config=self.config)
+        self.stage = int(self._engine.zero_optimization_stage())
+
+    def __call__(self, batch: Any) -> torch.Tensor:
+        """The module's forward."""
+        return self._engine(batch)
+
+    def boundary(self, last: bool) -> None:
+        """Say before a micro-batch whether it is the step's last."""
+        self._engine.set_gradient_accumulation_boundary(last)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add this micro-batch's gradients; DeepSpeed averages over ranks, so `loss` carries the world size."""
+        # A loss that is not finite poisons every gradient, so that all ranks see an invalid norm and skip the step.
+        self._engine.backward(loss if torch.isfinite(loss) else loss * float("nan"), scale_wrt_gas=False)
+
+    def step(self, lr: float) -> tuple[float, bool]:
+        """Clip, step with `lr` and clear the gradients: the gradient norm before clipping, and if a step was taken.
+
+        A norm that is not finite takes no step: weights and optimizer state stay as they were.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            return self._plain_step()
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
+
+    def _plain_step(self) -> tuple[float, bool]:
+        """ZeRO 0: gradients are whole and already averaged; DeepSpeed reports no norm and checks nothing."""
+        grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if not torch.isfinite(torch.tensor(norm)):
+            self._engine.zero_grad()
+            return norm, False
+        self._engine.step()
+        return norm, True
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients and evaluation mode."""
+        self._engine.eval()
+        with torch.no_grad():
+            yield
+        self._engine.train()
+
+    def gather(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Makes ZeRO-3 parameters whole on every rank inside the context."""
+        return self._zero.GatheredParameters(list(parameters)) if self.stage == 3 else nullcontext()
+
+    def save(self, path: Path) -> None:
+        """Write weights, masters and optimizer state into `path`; every rank calls."""
+        self._engine.save_checkpoint(str(path), tag=TAG)
+
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote, with the same number of ranks."""
+        loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG)
+        if loaded is None:
+            raise RLHFError(f"{path}: no learner checkpoint to load")
+
+
+def frozen_engine(module: nn.Module, learner: Learner, dtype: torch.dtype, device: str) -> Callable[[Any], Any]:
+    """A frozen module for inference: sharded over the ranks with ZeRO-3, else a whole copy on each."""
+    module.requires_grad_(False)
+    if learner.zero_stage < 3:
+        return module.to(device).eval()
+    config = deepspeed_config(learner, dtype)
+    # Nothing is optimised, so offloading an optimizer would only be refused.
+    config["zero_optimization"].pop("offload_optimizer", None)
+    engine, *_ = _deepspeed(device).initialize(model=module, config=config)
+    return engine.eval()

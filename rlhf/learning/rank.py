@@ -1,0 +1,222 @@
+"""One learner rank: everything that an actor needs to train, save and export, without knowing of actors."""
+
+import resource
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlhf.config import RunConfig
+from rlhf.errors import RLHFError
+from rlhf.learning.batch import causal_batch
+from rlhf.learning.beta import build_beta
+from rlhf.learning.engine import TrainEngine, join
+from rlhf.learning.flops import FlopCount, peak_flops
+from rlhf.learning.mask_probe import TOLERANCE, prefix_sharing_error
+from rlhf.learning.parametrisation import Full
+from rlhf.learning.plan import drop_long, step_batches
+from rlhf.learning.policy import PolicyModule, load_model
+from rlhf.learning.reference import InitialReference, ReferencePolicy
+from rlhf.learning.rng import restore_rng, rng_state, seed_all
+from rlhf.learning.schedule import fraction_done, learning_rate
+from rlhf.learning.setup import Setup
+from rlhf.learning.steps import Mismatch, StepRunner
+from rlhf.records import Pair, SealedRound, StepReport
+
+
+class RankLearner:
+    """One rank of the learner. Every rank gets every call with the same arguments, in the same order.
+
+    The policy's version is the number of rounds trained: round v + 1 makes version v into v + 1.
+    """
+
+    setup: Setup
+    reference: ReferencePolicy
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int, device: str) -> None:
+        """`device` is "cpu" or "cuda" (the process's one visible GPU)."""
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+        self._device = device
+        self._statistics: dict[str, float] = {}
+        self._peak: float | None = None
+        self._step = 0
+        self.rounds_done = 0
+
+    def start(self, master_address: str, master_port: int, timeout_s: float) -> None:
+        """Meet the other ranks and build policy and reference.
+
+        `timeout_s` bounds the meeting and each collective. Raises `InputError` for a model that cannot be loaded and
+        `DeadlineError` when the ranks do not meet. Warns when the model cannot take the prefix-sharing mask.
+        """
+        learner = self._config.learner
+        seed_all(self._config.seed)
+        join(self._device, self._rank, self._world_size, master_address, master_port, timeout_s)
+        self._parametrisation = Full()
+        # Any: transformers' models have no useful static type.
+        model: Any = self._parametrisation.wrap(load_model(self._config.policy))
+        self._model: Any = model
+        self._flops = FlopCount(model)
+        if learner.activation_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        module = PolicyModule(model).train()
+        if learner.zero_stage < 3:
+            module.to(self._device)
+        dtype = module.dtype
+        self.setup = Setup(learner, self._rank, self._world_size, self._device, dtype, self._prefix_sharing(module))
+        self.reference = InitialReference(module, self.setup)
+        trainable = list(self._parametrisation.trainable(module))
+        self._engine = TrainEngine(module, trainable, learner, dtype, self._device)
+        self._beta = build_beta(learner.loss)
+        self._steps = StepRunner(self._engine, self.setup, self._beta)
+
+    def train(self, sealed: SealedRound, progress: Callable[[int, int], None] | None = None) -> list[StepReport]:
+        """Take the round's steps; `progress(done, steps)` is called after each.
+
+        Reports are equal on every rank. A round without pairs takes no step and counts as trained. Raises
+        `RLHFError` for a round already trained or out of order, `InputError` for a pair without tokens.
+        """
+        if sealed.round != self.rounds_done + 1:
+            what = "has already been trained" if sealed.round <= self.rounds_done else "comes too early"
+            raise RLHFError(f"round {sealed.round} {what}: the learner expects round {self.rounds_done + 1}")
+        pairs, dropped = drop_long(sealed.pairs, self.setup.learner.max_length)
+        started = time.perf_counter()
+        reference = self.reference.score(pairs) if pairs else torch.zeros(0, 2)
+        scored = time.perf_counter()
+        mismatch = Mismatch(self.rounds_done)
+        reports = self._train(sealed.round, pairs, reference, mismatch, progress)
+        ended = time.perf_counter()
+        self._statistics = self._summarise(pairs, scored - started, ended - scored)
+        self._statistics |= mismatch.reduce(self._device) | {"pairs/dropped_long": float(dropped)}
+        self.rounds_done += 1
+        return reports
+
+    def statistics(self) -> dict[str, float]:
+        """Round metrics of the last `train`, equal on every rank. `mismatch/*` is absent when no token qualified."""
+        return dict(self._statistics)
+
+    def probe(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
+        """Log-prob of each token after the first, by an ordinary causal forward pass."""
+        if any(len(ids) < 2 for ids in sequences):
+            raise RLHFError("a probe sequence needs at least 2 tokens")
+        if not sequences:
+            return []
+        batch = causal_batch([(ids[:1], ids[1:]) for ids in sequences]).to(self._device)
+        with self._engine.evaluating():
+            rows = batch.per_sequence(self._engine(batch)).tolist()
+        return [tuple(row[: len(ids) - 1]) for row, ids in zip(rows, sequences, strict=True)]
+
+    def export_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole CPU tensors in the policy's dtype under checkpoint names; every rank must go through all of them."""
+        return self._parametrisation.export(self._model, self._engine.gather)
+
+    def export_hf(self, path: Path) -> None:
+        """Write a Hugging Face checkpoint folder: weights, config, generation config, tokenizer. Rank 0 writes."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in self.export_tensors():
+            if self._rank == 0:
+                tensors[name] = tensor
+        if self._rank == 0:
+            from transformers import AutoTokenizer
+
+            policy = self._config.policy
+            path.mkdir(parents=True, exist_ok=True)
+            self._model.save_pretrained(path, state_dict=tensors)
+            tokenizer: Any = AutoTokenizer.from_pretrained(policy.path, trust_remote_code=policy.trust_remote_code)
+            tokenizer.save_pretrained(path)
+        dist.barrier()
+
+    def save(self, path: Path) -> None:
+        """Write this rank's part of a checkpoint into `path`; whole only once every rank has returned."""
+        self._engine.save(path)
+        state = {
+            "rounds_done": self.rounds_done,
+            "step": self._step,
+            "skipped": self._steps.skipped,
+            "beta": self._beta.state_dict(),
+            "rng": rng_state(),
+            "world_size": self._world_size,
+        }
+        torch.save(state, path / f"rank-{self._rank:05d}.pt")
+        dist.barrier()
+
+    def load(self, path: Path) -> None:
+        """Restore what `save` wrote. Raises `RLHFError` for a checkpoint of another number of ranks."""
+        file = path / f"rank-{self._rank:05d}.pt"
+        if not file.is_file():
+            raise RLHFError(f"{path}: no state of learner rank {self._rank}; was it saved by fewer ranks?")
+        state = torch.load(file, weights_only=True)
+        if state["world_size"] != self._world_size:
+            raise RLHFError(
+                f"{path}: saved by {state['world_size']} ranks, this run has learner.world_size {self._world_size}"
+            )
+        self._engine.load(path)
+        self.rounds_done = state["rounds_done"]
+        self._step = state["step"]
+        self._steps.skipped = state["skipped"]
+        self._beta.load_state_dict(state["beta"])
+        restore_rng(state["rng"])
+
+    def _prefix_sharing(self, module: PolicyModule) -> bool:
+        learner = self._config.learner
+        if not learner.prefix_sharing:
+            return False
+        error = prefix_sharing_error(module, learner.max_length)
+        if error > TOLERANCE and self._rank == 0:
+            warnings.warn(
+                f"learner.prefix_sharing: {self._config.policy.path} does not honour the mask (log-probs off by "
+                f"{error:.2g}); falling back to padded rows",
+                stacklevel=2,
+            )
+        return error <= TOLERANCE
+
+    def _train(
+        self,
+        round: int,
+        pairs: Sequence[Pair],
+        reference: torch.Tensor,
+        mismatch: Mismatch,
+        progress: Callable[[int, int], None] | None,
+    ) -> list[StepReport]:
+        learner, rounds = self.setup.learner, self._config.rounds.count
+        batches = list(step_batches(len(pairs), learner.batch_size, learner.epochs, self._config.seed, round))
+        reports = []
+        for number, indices in enumerate(batches):
+            lr = learning_rate(learner.optimizer, fraction_done(round, number, len(batches), rounds))
+            # Only before the round's first update is the policy the version that sampled.
+            first = mismatch if number == 0 else None
+            metrics = self._steps.step([pairs[i] for i in indices], reference[indices], lr, first)
+            self._step += 1
+            reports.append(StepReport(round, self._step, metrics))
+            if progress is not None:
+                progress(number + 1, len(batches))
+        return reports
+
+    def _summarise(self, pairs: Sequence[Pair], reference_s: float, learn_s: float) -> dict[str, float]:
+        """Timing and throughput; the slowest rank's seconds and the largest rank's memory."""
+        if self._device == "cpu":
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+        else:
+            peak_bytes = float(torch.cuda.max_memory_allocated())
+        largest = torch.tensor([reference_s, learn_s, peak_bytes], dtype=torch.float64, device=self._device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        reference_s, learn_s, peak_bytes = largest.tolist()
+        result = {
+            "timing_s/reference": reference_s,
+            "timing_s/learn": learn_s,
+            "perf/peak_memory_gb": peak_bytes / 1e9,
+        }
+        if pairs:
+            if self._peak is None:
+                self._peak = peak_flops(self._device, self.setup.dtype)
+            epochs, seconds = self.setup.learner.epochs, reference_s + learn_s
+            passes = 1 + 3 * epochs  # the reference's forward; forward and backward of each epoch
+            tokens = sum(self.setup.cost(pair) for pair in pairs) * epochs
+            result["perf/learner_tokens_per_s"] = tokens / seconds
+            result["perf/mfu"] = passes * self._flops.forward(pairs) / seconds / (self._peak * self._world_size)
+        return result

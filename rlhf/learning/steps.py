@@ -1,0 +1,149 @@
+"""One optimizer step: micro-batches forward and backward, the update, and the step's metrics over all ranks."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from rlhf.learning.batch import Batch, build_batch
+from rlhf.learning.engine import TrainEngine
+from rlhf.learning.losses import preference_loss
+from rlhf.learning.plan import plan_micro_batches
+from rlhf.learning.setup import Setup
+from rlhf.ports import BetaController
+from rlhf.records import Pair
+
+SUMS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "h_sum",
+    "abs_logratio_sum",
+    "kl",
+)
+
+
+@dataclass(slots=True)
+class Mismatch:
+    """Engine against learner log-probs of the same tokens under the same version; sums over ranks after `reduce`."""
+
+    version: int
+    total: float = 0.0
+    tokens: float = 0.0
+    largest: float = 0.0
+
+    def observe(self, pairs: Sequence[Pair], by_sequence: torch.Tensor) -> None:
+        """Take the learner's log-probs [2 n, longest] of `pairs`; only what this version wrote alone counts."""
+        rows = by_sequence.detach().double().cpu()
+        for i, pair in enumerate(pairs):
+            for row, version, logprobs in (
+                (rows[2 * i], pair.chosen_version, pair.chosen_logprobs),
+                (rows[2 * i + 1], pair.rejected_version, pair.rejected_logprobs),
+            ):
+                if logprobs and version == self.version:
+                    difference = torch.tensor(logprobs, dtype=torch.float64) - row[: len(logprobs)]
+                    self.total += difference.sum().item()
+                    self.tokens += len(logprobs)
+                    self.largest = max(self.largest, difference.abs().max().item())
+
+    def reduce(self, device: str) -> dict[str, float]:
+        """`mismatch/kl`, the mean over tokens, and `mismatch/max`; nothing when no token qualified on any rank."""
+        sums = torch.tensor([self.total, self.tokens], dtype=torch.float64, device=device)
+        largest = torch.tensor(self.largest, dtype=torch.float64, device=device)
+        dist.all_reduce(sums)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        total, tokens = sums.tolist()
+        return {"mismatch/kl": total / tokens, "mismatch/max": largest.item()} if tokens else {}
+
+
+@dataclass(slots=True)
+class StepRunner:
+    """Takes optimizer steps with an engine."""
+
+    engine: TrainEngine
+    setup: Setup
+    beta: BetaController
+    skipped: int = field(default=0)
+
+    def step(
+        self, pairs: Sequence[Pair], reference: torch.Tensor, lr: float, mismatch: Mismatch | None = None
+    ) -> dict[str, float]:
+        """One step on `pairs` with their reference log-probs [n, 2]; every rank calls with the same arguments.
+
+        The loss is the mean over these n pairs, however few. Returns the step's metrics, equal on every rank. When
+        the loss or the gradient is not finite no step is taken: `train/skipped` is 1, what is not finite is left out.
+        """
+        setup, beta = self.setup, self.beta.beta()
+        micros = plan_micro_batches(
+            [setup.cost(pair) for pair in pairs], setup.world_size, setup.rank, setup.learner.micro_batch_size
+        )
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=setup.device)
+        for number, micro in enumerate(micros):
+            chosen = [pairs[index] for index in micro] or [setup.filler(pairs)]
+            batch = build_batch(chosen, prefix_sharing=setup.prefix_sharing, dtype=setup.dtype).to(setup.device)
+            self.engine.boundary(number == len(micros) - 1)
+            logprobs = self.engine(batch)
+            if micro:
+                scale = setup.world_size / len(pairs)
+                loss, partial = self._loss(batch, logprobs, reference[micro], beta, scale)
+                sums += partial
+                if mismatch is not None:
+                    mismatch.observe(chosen, batch.per_sequence(logprobs))
+            else:
+                loss = logprobs.sum() * 0.0
+            self.engine.backward(loss)
+        norm, stepped = self.engine.step(lr)
+        dist.all_reduce(sums)
+        return self._metrics(dict(zip(SUMS, sums.tolist(), strict=True)), len(pairs), beta, lr, norm, stepped)
+
+    def _loss(
+        self, batch: Batch, logprobs: torch.Tensor, reference: torch.Tensor, beta: float, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The micro-batch's part of the loss, and its sums in the order of `SUMS`."""
+        policy = batch.sums(logprobs)
+        losses, chosen, rejected = preference_loss(
+            self.setup.learner.loss.type, *policy.unbind(1), *reference.unbind(1), beta=beta
+        )
+        logratios = (policy - reference).detach().double()
+        values = (
+            losses.detach(),
+            chosen,
+            rejected,
+            (chosen > rejected).double(),
+            *policy.detach().unbind(1),
+            logratios[:, 0] - logratios[:, 1],
+            logratios.abs().mean(1),
+            logratios.mean(1),
+        )
+        return losses.sum() * scale, torch.stack([value.double().sum() for value in values])
+
+    def _metrics(
+        self, sums: dict[str, float], count: int, beta: float, lr: float, norm: float, stepped: bool
+    ) -> dict[str, float]:
+        if stepped:
+            observed = {"h_sum": sums["h_sum"], "abs_logratio_sum": sums["abs_logratio_sum"], "count": float(count)}
+            self.beta.observe(observed)
+        else:
+            self.skipped += 1
+        mean = {name: value / count for name, value in sums.items()}
+        metrics = {
+            "train/loss": mean["loss"],
+            "train/grad_norm": norm,
+            "train/lr": lr,
+            "train/pairs": float(count),
+            "train/skipped": float(not stepped),
+            "rewards/chosen": mean["rewards/chosen"],
+            "rewards/rejected": mean["rewards/rejected"],
+            "rewards/margins": mean["rewards/chosen"] - mean["rewards/rejected"],
+            "rewards/accuracies": mean["rewards/accuracies"],
+            "logps/chosen": mean["logps/chosen"],
+            "logps/rejected": mean["logps/rejected"],
+            "kl/mean": mean["kl"],
+            "loss/beta": beta,
+        }
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
