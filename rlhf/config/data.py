@@ -28,8 +28,12 @@ class EvalPrompts(Section):
     )
     count: int = Field(32, ge=1, description="How many prompts an evaluation samples.")
     split: str | None = Field(None, description="Dataset split; null takes that of `prompts`.")
-    column: str | None = Field(None, description="Column of the prompt; null takes that of `prompts`.")
-    format: PromptFormat | None = Field(None, description="Format of the rows; null takes that of `prompts`.")
+    column: str | None = Field(
+        None, description="Column of the prompt; null: as `prompts` for the same path, else `prompt`."
+    )
+    format: PromptFormat | None = Field(
+        None, description="Format of the rows; null: as `prompts` for the same path, else auto."
+    )
 
 
 class Prompts(Section):

@@ -53,13 +53,13 @@ def load_eval_prompts(config: Prompts, tokenizer: "PreTrainedTokenizerBase") -> 
     eval_ = config.eval
     if eval_ is None:
         return PromptSet((), dict.fromkeys(DROP_REASONS, 0))
-    # A configuration name belongs to one dataset: another dataset does not have it.
-    name = config.name if eval_.path == config.path else None
-    rows = load_rows(eval_.path, split=eval_.split or config.split, name=name, key="prompts.eval")
+    # What describes the training data describes the same data here, and says nothing about other data.
+    source = config if eval_.path == config.path else Prompts(path=eval_.path)
+    rows = load_rows(eval_.path, split=eval_.split or config.split, name=source.name, key="prompts.eval")
     found = conversations(
         rows,
-        column=eval_.column or config.column,
-        format=eval_.format or config.format,
+        column=eval_.column or source.column,
+        format=eval_.format or source.format,
         key="prompts.eval",
         path=eval_.path,
     )
