@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -103,9 +104,12 @@ class Engine:
         await self._engine.start_weight_update()
         try:
             await self._phase({"phase": "stage", "verify": verify, "buckets": tables})
-        finally:
-            # Ends vLLM's own session; the staged buffers stay until they are loaded or discarded.
-            await self._engine.finish_weight_update()
+        except Exception:
+            # The worker that refused has ended vLLM's update session itself, the others still have to.
+            with suppress(Exception):
+                await self._engine.finish_weight_update()
+            raise
+        await self._engine.finish_weight_update()
 
     async def load(self, version: int) -> None:
         """Put the staged payload in place of the old weights; sampling pauses until `resume`."""
