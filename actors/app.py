@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf.monitor.group import MonitorGroup, build_monitor
-
 from actors.cluster import connect
 from actors.launch import Launcher, Parts
-from actors.weights.plane import ObjectStorePlane
+from actors.weights.transport import build_plane
 from rlhf.config import RunConfig
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.prompts import PromptOrder, PromptSet, load_eval_prompts, load_prompts
@@ -21,7 +19,8 @@ from rlhf.evaluation.loop import Evaluator
 from rlhf.evaluation.summary import show_summary
 from rlhf.files import rename_durable
 from rlhf.modelfiles import local_folder, tensor_shapes
-from rlhf.ports import Learner
+from rlhf.monitor.group import MonitorGroup, build_monitor
+from rlhf.ports import Learner, WeightPlane
 from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.controller import System, run_rounds
 from rlhf.rounds.ledger import Ledger, RoundState
@@ -73,7 +72,8 @@ async def _train(config: RunConfig, run_dir: Path, monitor: MonitorGroup) -> Non
         launcher = Launcher(config, cluster, str(model.resolve()), shapes)
         probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in prompts.prompts[:PROBES]]
         parts = await launcher.start(probes, monitor)
-        system = _assemble(config, run_dir, monitor, ledger, parts, prompts, held_out)
+        plane = build_plane(launcher.transport, config, parts.fleet, parts.learner, shapes, _tolerance(config))
+        system = _assemble(config, run_dir, monitor, ledger, parts, plane, prompts, held_out)
         monitor.rewind(system.checkpoints.newest(monitor.alert))
         await run_rounds(system, config)
         await _export(parts.learner, run_dir, monitor)
@@ -87,10 +87,10 @@ def _assemble(
     monitor: MonitorGroup,
     ledger: Ledger,
     parts: Parts,
+    plane: WeightPlane,
     prompts: PromptSet,
     held_out: PromptSet | None,
 ) -> System:
-    tolerance = config.sync.probe_tolerance or TOLERANCE[config.policy.dtype]
     evaluator = None
     if held_out and config.evaluation.every:
         evaluator = Evaluator(config, held_out.prompts, parts.fleet, parts.eval_judge, monitor, run_dir)
@@ -99,13 +99,17 @@ def _assemble(
             config, PromptOrder(prompts.prompts, config.seed), parts.fleet, parts.judge, ledger, monitor
         ),
         learner=parts.learner,
-        plane=ObjectStorePlane(parts.fleet, config.sync.verify, tolerance, config.cluster.deadlines.sync),
+        plane=plane,
         fleet=parts.fleet,
         ledger=ledger,
         checkpoints=CheckpointStore(run_dir, config.checkpoint.keep),
         evaluator=evaluator,
         monitor=monitor,
     )
+
+
+def _tolerance(config: RunConfig) -> float:
+    return config.sync.probe_tolerance or TOLERANCE[config.policy.dtype]
 
 
 def _read_prompts(config: RunConfig, monitor: MonitorGroup) -> tuple[PromptSet, PromptSet | None]:

@@ -1,13 +1,15 @@
 """A generator: one vLLM engine in a Ray actor that samples, takes weight updates and proves them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 import numpy as np
 import ray
 
 from actors.engine.llm import Engine, EngineSpec
+from actors.engine.plugin import NCCL
+from actors.weights.nccl import NcclGroup, update_info
 from rlhf.errors import EngineLostError, PayloadError
 from rlhf.records import Probe, Rollout, SampleRequest, WeightManifest
 
@@ -18,15 +20,17 @@ class GeneratorActor:
     def __init__(self, name: str, spec: EngineSpec, expected: dict[str, tuple[int, ...]]):
         self._name = name
         self._engine = Engine(spec)
+        self._transport = spec.transport
         self._expected = expected
         self._references: list[ray.ObjectRef] = []
         self._version: int | None = None
         self._failure: str | None = None
 
     async def start(self) -> str:
-        """Connect the engine's workers to the cluster; returns the node's id once the model serves."""
+        """Connect the engine's workers to the cluster if they need it; returns the node's id once the model serves."""
         context = ray.get_runtime_context()
-        await self._engine.connect(context.gcs_address, context.namespace, self._name, self._expected)
+        if self._transport != NCCL:
+            await self._engine.connect(context.gcs_address, context.namespace, self._name, self._expected)
         return context.get_node_id()
 
     async def sample(self, requests: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Rollout]:
@@ -55,8 +59,7 @@ class GeneratorActor:
         Raises `PayloadError` if the engine was not touched (the old version still serves) and `EngineLostError` if
         it has to be replaced.
         """
-        if self._failure:
-            raise EngineLostError(f"{self._name}: {self._failure}")
+        self._check_whole()
         self._references = [bucket.handle for bucket in manifest.buckets]
         try:
             await self._engine.stage(manifest.buckets, verify)
@@ -64,14 +67,36 @@ class GeneratorActor:
             self._references = []
             raise PayloadError(f"{self._name} refused version {manifest.version}: {_root(error)}") from None
         try:
-            await self._engine.load(manifest.version)
+            return await self._take(self._engine.load(manifest.version), manifest, verify, tolerance)
+        finally:
+            self._references = []
+
+    async def open_nccl(self, group: NcclGroup, rank_offset: int) -> None:
+        """Join a group that weights will come through, as ranks from `rank_offset` on; raises `EngineLostError`."""
+        self._check_whole()
+        try:
+            await self._engine.open_nccl(group.engine_info(rank_offset))
+        except Exception as error:
+            self._failure = f"joining the NCCL group failed: {_root(error)}"
+            raise EngineLostError(f"{self._name}: {self._failure}") from error
+
+    async def receive(self, manifest: WeightManifest, verify: bool, tolerance: float) -> float:
+        """Load and prove the version that the learner is broadcasting; returns as `update` does.
+
+        Nothing is staged, so whatever goes wrong raises `EngineLostError`.
+        """
+        self._check_whole()
+        received = self._engine.receive(manifest.version, update_info(manifest.buckets))
+        return await self._take(received, manifest, verify, tolerance)
+
+    async def _take(self, loading: Awaitable[None], manifest: WeightManifest, verify: bool, tolerance: float) -> float:
+        try:
+            await loading
             await self._engine.resume()
             error_found = await self._prove(manifest.probes, manifest.version) if verify else float("nan")
         except Exception as error:
             self._failure = f"loading version {manifest.version} failed: {_root(error)}"
             raise EngineLostError(f"{self._name}: {self._failure}") from error
-        finally:
-            self._references = []
         if verify and not error_found <= tolerance:
             self._failure = (
                 f"version {manifest.version} gives log-probs {error_found:.3g} off the learner's "
@@ -85,9 +110,17 @@ class GeneratorActor:
         """The engine's log-prob of each token after the first."""
         return await self._engine.sequence_logprobs(token_ids, f"logprobs-{id(token_ids)}")
 
+    def shutdown(self) -> None:
+        """Stop the engine's own processes; nothing can be asked of it afterwards."""
+        self._engine.shutdown()
+
     def version(self) -> int | None:
         """The proved version that is served; None before the first update and after a failure."""
         return None if self._failure else self._version
+
+    def _check_whole(self) -> None:
+        if self._failure:
+            raise EngineLostError(f"{self._name}: {self._failure}")
 
     async def _prove(self, probes: tuple[Probe, ...], version: int) -> float:
         found = await asyncio.gather(

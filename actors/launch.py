@@ -1,6 +1,7 @@
 """Starts the actors of a run: the only place that knows which process gets which resources."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,18 @@ from actors.generator import GeneratorActor
 from actors.judge import JudgeActor, JudgePool
 from actors.learner import LearnerActor, LearnerGroup
 from actors.placement import Role, place, scheduling
+from actors.weights.transport import pick_transport
 from rlhf.config import RunConfig
 from rlhf.config.judge import Judge as JudgeConfig
 from rlhf.config.judge import PairModelJudge
+from rlhf.errors import RLHFError
 from rlhf.ports import Monitor
 from rlhf.rounds.run_directory import cores
 
 CONCURRENCY = 10_000
 """Calls an async actor takes at once; vLLM itself bounds what runs."""
+
+SHUTDOWN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Launcher:
         self._shapes = shapes
         self._deadline = config.cluster.deadlines.start
         self._gpu = cluster.device == "cuda"
+        self.transport = pick_transport(config, cluster.device)
 
     async def start(self, probes: list[tuple[int, ...]], monitor: Monitor) -> Parts:
         """Start everything at once; raises on the first actor that fails, naming it."""
@@ -81,7 +87,7 @@ class Launcher:
             seed=self._config.seed,
             trust_remote_code=self._config.policy.trust_remote_code,
             arguments=config.engine,
-            receives_weights=True,
+            transport=self.transport,
         )
 
         environment = engine_environment(self._cluster.device, threads)
@@ -95,7 +101,13 @@ class Launcher:
             return handle
 
         async def restart(name: str) -> Any:
-            ray.kill(ray.get_actor(name))
+            with suppress(ValueError):  # It may have died by itself.
+                old = ray.get_actor(name)
+                if self._gpu:
+                    # The engine's processes hold the GPU and would outlive the actor by seconds.
+                    with suppress(RLHFError):
+                        await within(old.shutdown.remote(), SHUTDOWN_S, f"{name}: stopping the engine")
+                ray.kill(old)
             return await launch(name)
 
         handles = await asyncio.gather(*(launch(name) for name in names))
@@ -133,7 +145,7 @@ class Launcher:
             seed=self._config.seed,
             trust_remote_code=config.trust_remote_code,
             arguments=config.engine,
-            receives_weights=False,
+            transport=None,
         )
 
     async def _learner(self, probes: list[tuple[int, ...]], bar: Any) -> LearnerGroup:
@@ -141,11 +153,11 @@ class Launcher:
         threads = self._threads(config.cpus, config.world_size)
         role = Role("learner", config.world_size, threads, 1 if self._gpu else 0, "PACK")
         group = await place(role, self._deadline)
-        environment = {"OMP_NUM_THREADS": str(threads)}
+        environment = {"OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR"}
         actor = ray.remote(LearnerActor)
         handles = [
             actor.options(**self._options(f"learner-{rank}", group, rank, role, environment)).remote(
-                self._config, rank, config.world_size, self._cluster.device
+                self._config, rank, config.world_size, self._cluster.device, self.transport
             )
             for rank in range(config.world_size)
         ]

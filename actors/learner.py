@@ -9,6 +9,8 @@ from typing import Any
 import ray
 
 from actors.calls import all_within, unwrap, within
+from actors.engine.plugin import NCCL
+from actors.weights.nccl import NcclGroup
 from actors.weights.payload import pack
 from rlhf.config import RunConfig
 from rlhf.config.system import Deadlines
@@ -16,12 +18,18 @@ from rlhf.errors import DeadlineError, RLHFError
 from rlhf.learning.rank import RankLearner
 from rlhf.records import Probe, SealedRound, StepReport, WeightManifest
 
+GRACE_S = 30.0
+"""What the driver waits beyond a rank's own deadline for it to break off an NCCL transfer."""
+
 
 class LearnerActor:
     """One DeepSpeed rank. Calls run one after the other, in the order in which they were made."""
 
-    def __init__(self, config: RunConfig, rank: int, world_size: int, device: str):
+    def __init__(self, config: RunConfig, rank: int, world_size: int, device: str, transport: str):
         self._rank = rank
+        self._device = device
+        self._transport = transport
+        self._sender: Any = None
         self._learner = RankLearner(config, rank, world_size, device)
         self._bucket_bytes = config.sync.bucket_mb << 20
 
@@ -36,6 +44,11 @@ class LearnerActor:
     def start(self, address: str, port: int, deadline: float) -> str:
         """Join the process group and load the model; returns the node's id."""
         self._learner.start(address, port, deadline)
+        if self._transport == NCCL:
+            # Loads vLLM, which a learner does without otherwise.
+            from actors.engine.nccl import NcclSender
+
+            self._sender = NcclSender(self._learner.export_tensors, self._rank, self._device)
         return ray.get_runtime_context().get_node_id()
 
     def train(self, sealed: SealedRound) -> Iterator[StepReport]:
@@ -63,17 +76,29 @@ class LearnerActor:
     def manifest(self, version: int, probes: Sequence[tuple[int, ...]]) -> WeightManifest | None:
         """Pack the weights into the object store (rank 0; all ranks gather) and take the probes' log-probs.
 
-        This actor owns the buffers: they live as long as somebody holds the manifest.
+        This actor owns the buffers: they live as long as somebody holds the manifest. With NCCL there are none: the
+        manifest only lists the tensors.
         """
         logprobs = self._learner.probe(probes)
+        proofs = tuple(Probe(tuple(ids), found) for ids, found in zip(probes, logprobs, strict=True))
+        if self._sender:
+            table = self._sender.table()
+            return WeightManifest(version, (table,), proofs) if self._rank == 0 else None
         tensors = self._learner.export_tensors()
         if self._rank:
             for _ in tensors:
                 pass
             return None
         buckets = tuple(replace(bucket, handle=ray.put(buffer)) for bucket, buffer in pack(tensors, self._bucket_bytes))
-        proofs = tuple(Probe(tuple(ids), found) for ids, found in zip(probes, logprobs, strict=True))
         return WeightManifest(version, buckets, proofs)
+
+    def open_nccl(self, group: NcclGroup, calls: Sequence[ray.ObjectRef], deadline: float) -> None:
+        """Meet the engines that `calls` let join; see `actors.engine.nccl`."""
+        self._sender.open(group, calls if self._rank == 0 else (), deadline)
+
+    def send_nccl(self, calls: Sequence[ray.ObjectRef], deadline: float) -> None:
+        """Broadcast the weights to the engines that `calls` let receive them (rank 0; all ranks gather)."""
+        self._sender.send(calls, deadline)
 
 
 class LearnerGroup:
@@ -87,8 +112,22 @@ class LearnerGroup:
     async def start(self) -> None:
         """Let the ranks meet and load their shards."""
         limit = self._deadlines.start
-        address, port = await within(self._handles[0].rendezvous.remote(), limit, "learner 0: start")
+        address, port = await self.rendezvous()
         await self._all("start", limit, "start", address, port, limit)
+
+    async def rendezvous(self) -> tuple[str, int]:
+        """An address and a free port on rank 0's node."""
+        return await within(self._handles[0].rendezvous.remote(), self._deadlines.start, "learner 0: start")
+
+    async def open_nccl(self, group: NcclGroup, calls: Sequence[ray.ObjectRef]) -> None:
+        """Join a group with the engines; see `actors.weights.nccl.Sender`."""
+        limit = self._deadlines.sync
+        await self._all("open_nccl", limit + GRACE_S, "joining the NCCL group", group, list(calls), limit)
+
+    async def send_nccl(self, calls: Sequence[ray.ObjectRef]) -> None:
+        """Broadcast the weights to the group; see `actors.weights.nccl.Sender`."""
+        limit = self._deadlines.sync
+        await self._all("send_nccl", limit + GRACE_S, "sending over NCCL", list(calls), limit)
 
     async def train(self, sealed: SealedRound) -> AsyncIterator[StepReport]:
         """Yield the round's step reports as they are made."""

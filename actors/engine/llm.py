@@ -8,13 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from actors.engine.plugin import TRANSPORT, register
+from actors.engine.plugin import NCCL, TRANSPORT, register
 from rlhf.records import Bucket, Rollout, SampleRequest, VersionSpan
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What an engine serves and how; `arguments` go to vLLM's engine arguments as they are."""
+    """What an engine serves and how; `arguments` go to vLLM's engine arguments as they are.
+
+    `transport` brings new weights: "object_store", "nccl", or None for an engine that keeps its weights.
+    """
 
     model: str
     dtype: str
@@ -24,7 +27,7 @@ class EngineSpec:
     seed: int
     trust_remote_code: bool
     arguments: dict[str, Any]
-    receives_weights: bool
+    transport: str | None
 
 
 class Engine:
@@ -113,9 +116,23 @@ class Engine:
 
     async def load(self, version: int) -> None:
         """Put the staged payload in place of the old weights; sampling pauses until `resume`."""
+        await self._swap(version, {"phase": "load"})
+
+    async def open_nccl(self, info: dict[str, Any]) -> None:
+        """Let the engine's workers join an NCCL group, in place of an earlier one; waits until all have met."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._engine.shutdown_weight_transfer_engine()
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def receive(self, version: int, info: dict[str, Any]) -> None:
+        """Put what the NCCL group's sender broadcasts in place of the old weights; sampling pauses until `resume`."""
+        await self._swap(version, info)
+
+    async def _swap(self, version: int, info: dict[str, Any]) -> None:
         await self._engine.pause_generation(mode="keep", clear_cache=False)
         await self._engine.start_weight_update()
-        await self._phase({"phase": "load"})
+        await self._phase(info)
         await self._engine.finish_weight_update(weight_version=str(version))
         # Prefixes cached under the old weights are stale. The reset does nothing while paused sequences hold blocks,
         # hence also a salt per version.
@@ -169,8 +186,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             "max_num_seqs": 128,
             "kv_cache_memory_bytes": 512 << 20,
         }
-    if spec.receives_weights:
-        arguments["weight_transfer_config"] = {"backend": TRANSPORT}
+    if spec.transport:
+        arguments["weight_transfer_config"] = {"backend": NCCL if spec.transport == NCCL else TRANSPORT}
     return arguments | spec.arguments
 
 

@@ -1,6 +1,8 @@
 """vLLM's entry point: registers our weight transport in every process that holds a model."""
 
 TRANSPORT = "rlhf_object_store"
+NCCL = "nccl"
+"""vLLM's own transport, which it registers itself."""
 
 
 def register() -> None:
