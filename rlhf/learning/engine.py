@@ -187,4 +187,5 @@ def frozen_engine(module: nn.Module, learner: Learner, dtype: torch.dtype, devic
     # Nothing is optimised, so offloading an optimizer would only be refused.
     config["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = _deepspeed(device).initialize(model=module, config=config)
-    return engine.eval()
+    engine.eval()
+    return engine

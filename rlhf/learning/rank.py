@@ -213,10 +213,13 @@ class RankLearner:
         }
         if pairs:
             if self._peak is None:
-                self._peak = peak_flops(self._device, self.setup.dtype)
+                peak = torch.tensor(peak_flops(self._device, self.setup.dtype), dtype=torch.float64)
+                peak = peak.to(self._device)
+                dist.all_reduce(peak)
+                self._peak = peak.item()
             epochs, seconds = self.setup.learner.epochs, reference_s + learn_s
             passes = 1 + 3 * epochs  # the reference's forward; forward and backward of each epoch
             tokens = sum(self.setup.cost(pair) for pair in pairs) * epochs
             result["perf/learner_tokens_per_s"] = tokens / seconds
-            result["perf/mfu"] = passes * self._flops.forward(pairs) / seconds / (self._peak * self._world_size)
+            result["perf/mfu"] = passes * self._flops.forward(pairs) / seconds / self._peak
         return result

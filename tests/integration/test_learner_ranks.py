@@ -1,0 +1,384 @@
+"""Learner ranks on a tiny Llama: every layout, rank count and ZeRO stage gives one answer, that of a plain torch loop.
+
+The file is also the script of one rank: `python test_learner_ranks.py FOLDER RANK WORLD_SIZE PORT` runs all its cases.
+"""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = {
+    1: {
+        "zero0": {"zero_stage": 0},
+        "zero1": {"zero_stage": 1},
+        "zero2": {},
+        "zero3": {"zero_stage": 3},
+        "accumulated": {"micro_batch_size": 1},
+        "padded": {"prefix_sharing": False},
+        "recomputed": {"activation_checkpointing": True},
+        "bf16": {"zero_stage": 1, "dtype": "bfloat16"},
+    },
+    2: {f"zero{stage}x2": {"zero_stage": stage} for stage in range(4)},
+}
+EXACT = [name for cases in CASES.values() for name in cases if name != "bf16"]
+LEARNER = {
+    "batch_size": 4,
+    "micro_batch_size": 4,
+    "max_length": 60,
+    "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "schedule": "linear", "max_grad_norm": 1.0},
+}
+ROUNDS = 8
+SHIFT = 0.01
+VOCAB = 97
+
+
+def make_config(model, *, dtype="float32", **learner):
+    from rlhf.config import RunConfig
+
+    world_size = learner.pop("world_size", 1)
+    return RunConfig.model_validate(
+        {
+            "name": "ranks",
+            "policy": {"path": str(model), "dtype": dtype},
+            "prompts": {"path": "unused", "max_tokens": 20},
+            "generator": {"sampling": {"max_tokens": 20}},
+            "rounds": {"count": ROUNDS},
+            "learner": {**LEARNER, **learner, "world_size": world_size},
+        }
+    )
+
+
+def make_round(number, count, model=None):
+    """`count` pairs of odd lengths and one too long; with `model`, chosen log-probs as an engine off by SHIFT gives."""
+    from rlhf.records import Pair, SealedRound
+
+    draw = random.Random(number)
+
+    def ids(n):
+        return tuple(draw.randrange(VOCAB) for _ in range(n))
+
+    pairs = []
+    for i in range(count):
+        prompt, chosen, rejected = (ids(draw.randint(*bounds)) for bounds in ((1, 20), (1, 15), (2, 15)))
+        logprobs = ()
+        if model is not None:
+            with torch.no_grad():
+                logprobs = tuple((token_logprobs(model, prompt, chosen) + SHIFT).tolist())
+        # Only the chosen response counts for the mismatch: the rejected one claims another version.
+        pairs.append(
+            Pair(f"p{i}", number, prompt, chosen, rejected, "", "", "", 1.0, 0, 7, logprobs, (9.0,) * len(rejected))
+        )
+    if count:
+        pairs.insert(2, Pair("long", number, ids(30), ids(31), ids(2), "", "", "", 1.0, 0, 0))
+    return SealedRound(number, tuple(pairs), "digest")
+
+
+def token_logprobs(model, prompt, response):
+    """Log-probs of a response by the model's own forward, its whole logits, one sequence at a time."""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1)[torch.arange(len(response)), list(response)]
+
+
+# ---- one rank ----
+
+
+def run_case(folder, name, settings, rank, world_size, port):
+    from transformers import AutoModelForCausalLM
+
+    from rlhf.errors import RLHFError
+    from rlhf.learning.rank import RankLearner
+
+    def build():
+        learner = RankLearner(config, rank, world_size, "cpu")
+        learner.start("127.0.0.1", port, 60)
+        return learner
+
+    def weights():
+        return dict(learner.export_tensors())
+
+    config = make_config(folder / "model", world_size=world_size, **settings)
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    done: list[tuple[int, int]] = []
+    learner = build()
+    result = {"probe": learner.probe([(5, 6, 7, 8), (9, 10)]), "initial": weights()}
+    reports = learner.train(make_round(1, 9, plain), lambda *progress: done.append(progress))
+    result |= {"steps": [report.metrics for report in reports], "numbers": [(r.round, r.step) for r in reports]}
+    result |= {"progress": done, "statistics": learner.statistics(), "weights": weights()}
+    learner.save(folder / f"checkpoint-{name}")
+    learner.export_hf(folder / f"export-{name}")
+    second = learner.train(make_round(2, 5))
+    result["uninterrupted"] = ([report.metrics for report in second], weights())
+
+    refused = []
+    for wrong in (2, 4):
+        try:
+            learner.train(make_round(wrong, 2))
+        except RLHFError as error:
+            refused.append(str(error))
+    result["refused"] = refused
+
+    learner = build()
+    learner.load(folder / f"checkpoint-{name}")
+    result["loaded"] = (learner.rounds_done, weights())
+    second = learner.train(make_round(2, 5))
+    result["resumed"] = ([report.metrics for report in second], weights())
+
+    result["empty"] = (learner.train(make_round(3, 0)), learner.rounds_done, learner.statistics(), weights())
+    score = learner.reference.score
+    learner.reference.score = lambda pairs: torch.full((len(pairs), 2), float("nan"))
+    result["nan"] = ([report.metrics for report in learner.train(make_round(4, 3))], weights())
+    learner.reference.score = score
+    result["after_nan"] = ([report.metrics for report in learner.train(make_round(5, 3))], weights())
+    torch.save(result, folder / f"result-{name}-{rank}.pt")
+
+
+def main():
+    folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    torch.set_num_threads(1)
+    for name, settings in CASES[world_size].items():
+        run_case(folder, name, dict(settings), rank, world_size, port)
+
+
+# ---- the tests ----
+
+
+def launch(folder, world_size):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
+    arguments = [[__file__, str(folder), str(rank), str(world_size), str(port)] for rank in range(world_size)]
+    return [
+        subprocess.Popen(
+            [sys.executable, *item], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for item in arguments
+    ]
+
+
+def save_tiny_model(path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    save_tiny_model(folder / "model")
+    for world_size in CASES:
+        processes = launch(folder, world_size)
+        try:
+            outputs = [process.communicate(timeout=240)[0] for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        for process, output in zip(processes, outputs, strict=True):
+            assert process.returncode == 0, output[-6000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    found = {}
+    for world_size, cases in CASES.items():
+        for name in cases:
+            ranks = [torch.load(folder / f"result-{name}-{rank}.pt", weights_only=False) for rank in range(world_size)]
+            found[name] = ranks[0]
+            for other in ranks[1:]:
+                assert other["steps"] == ranks[0]["steps"], "reports differ between ranks"
+                assert other["statistics"] == ranks[0]["statistics"]
+                assert all(torch.equal(other["weights"][k], v) for k, v in ranks[0]["weights"].items())
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain_loop(folder):
+    """Round 1 by a plain torch loop: full logits, one sequence at a time, no DeepSpeed, written from the formulas."""
+    import copy
+
+    from transformers import AutoModelForCausalLM
+
+    from rlhf.learning.plan import step_batches
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    reference = copy.deepcopy(model)
+    options = LEARNER["optimizer"]
+    decayed = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": options["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
+        lr=options["lr"],
+        betas=(0.9, 0.95),
+        fused=False,
+    )
+    pairs = [pair for pair in make_round(1, 9).pairs if pair.uid != "long"]
+    steps = []
+    batches = list(step_batches(len(pairs), 4, 1, 0, 1))
+    for number, batch in enumerate(batches):
+        lr = options["lr"] * (1 - (number + 0.5) / len(batches) / ROUNDS)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rewards, logps = [], []
+        for pair in (pairs[i] for i in batch):
+            for ids in (pair.chosen_ids, pair.rejected_ids):
+                logps.append(token_logprobs(model, pair.prompt_ids, ids).sum())
+                with torch.no_grad():
+                    rewards.append(0.1 * (logps[-1] - token_logprobs(reference, pair.prompt_ids, ids).sum()))
+        wanted = torch.stack(logps).view(-1, 2)
+        reward = torch.stack(rewards).view(-1, 2)
+        base = wanted.detach() - reward / 0.1
+        loss = torch.nn.functional.softplus(-0.1 * ((wanted - base)[:, 0] - (wanted - base)[:, 1])).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["max_grad_norm"])
+        optimizer.step()
+        mean = reward.mean(0).tolist()
+        steps.append(
+            {
+                "train/loss": loss.item(),
+                "train/grad_norm": norm.item(),
+                "train/lr": lr,
+                "train/pairs": len(batch),
+                "train/skipped": 0.0,
+                "rewards/chosen": mean[0],
+                "rewards/rejected": mean[1],
+                "rewards/margins": mean[0] - mean[1],
+                "rewards/accuracies": (reward[:, 0] > reward[:, 1]).float().mean().item(),
+                "logps/chosen": wanted[:, 0].mean().item(),
+                "logps/rejected": wanted[:, 1].mean().item(),
+                "kl/mean": reward.mean().item() / 0.1,
+                "loss/beta": 0.1,
+            }
+        )
+    return steps, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_steps_equal_a_plain_loop(results, plain_loop, name):
+    found, (expected, weights) = results[name], plain_loop
+    assert [step.keys() for step in found["steps"]] == [step.keys() for step in expected]
+    for number, (ours, plain) in enumerate(zip(found["steps"], expected, strict=True)):
+        # Before the first update every reward is 0 up to rounding, and its sign is noise.
+        keys = [k for k in plain if not (number == 0 and k == "rewards/accuracies")]
+        assert {k: ours[k] for k in keys} == pytest.approx({k: plain[k] for k in keys}, rel=1e-5, abs=2e-5)
+        assert ours["train/loss"] == pytest.approx(plain["train/loss"], rel=1e-6, abs=1e-6)
+    assert found["weights"].keys() == weights.keys()
+    for key, value in weights.items():
+        change = value - found["initial"][key]
+        ours = found["weights"][key] - found["initial"][key]
+        moved = change.square().mean().sqrt()
+        assert moved > 0.3 * LEARNER["optimizer"]["lr"], "weights that stand still would prove nothing"
+        assert (ours - change).norm() <= 1e-3 * change.norm(), key
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_steps_equal_those_of_one_rank(results, name):
+    ours, base = results[name], results["zero2"]
+    for a, b in zip(ours["steps"], base["steps"], strict=True):
+        for key in ("train/loss", "train/grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-6, abs=1e-6), key
+    for key, value in base["weights"].items():
+        change = value - base["initial"][key]
+        assert (ours["weights"][key] - value).norm() <= 1e-3 * change.norm(), key
+
+
+@pytest.mark.parametrize("name", [*EXACT, "bf16"])
+def test_resume_is_bit_equal(results, name):
+    found = results[name]
+    rounds_done, loaded = found["loaded"]
+    assert rounds_done == 1
+    assert all(torch.equal(loaded[k], v) for k, v in found["weights"].items())
+    assert found["resumed"][0] == found["uninterrupted"][0]
+    assert all(torch.equal(found["resumed"][1][k], v) for k, v in found["uninterrupted"][1].items())
+    assert any(not torch.equal(loaded[k], v) for k, v in found["resumed"][1].items())
+
+
+@pytest.mark.parametrize("name", [*EXACT, "bf16"])
+def test_bad_rounds(results, name):
+    found = results[name]
+    early, late = found["refused"]
+    assert "round 2 has already been trained" in early
+    assert "round 4 comes too early" in late
+
+    reports, rounds_done, statistics, weights = found["empty"]
+    assert (reports, rounds_done) == ([], 3)
+    assert statistics["pairs/dropped_long"] == 0.0
+    assert all(torch.equal(weights[k], v) for k, v in found["resumed"][1].items())
+
+    (skipped,), after = found["nan"]
+    assert skipped["train/skipped"] == 1.0
+    assert "train/loss" not in skipped
+    assert all(torch.equal(after[k], v) for k, v in weights.items())
+
+    (next_step,), moved = found["after_nan"]
+    assert next_step["train/skipped"] == 0.0
+    assert next_step["train/grad_norm"] > 0
+    assert all(torch.isfinite(v).all() for v in moved.values())
+    assert any(not torch.equal(moved[k], v) for k, v in after.items())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_round_statistics_and_probe(folder, results, name):
+    from transformers import AutoModelForCausalLM
+
+    found = results[name]
+    assert found["numbers"] == [(1, 1), (1, 2), (1, 3)]
+    assert found["progress"] == [(1, 3), (2, 3), (3, 3)]
+    statistics = found["statistics"]
+    assert statistics["mismatch/kl"] == pytest.approx(SHIFT, abs=1e-5)
+    assert statistics["mismatch/max"] == pytest.approx(SHIFT, abs=1e-4)
+    assert statistics["pairs/dropped_long"] == 1.0
+    assert all(statistics[key] > 0 for key in ("timing_s/reference", "timing_s/learn", "perf/learner_tokens_per_s"))
+    assert 0 < statistics["perf/mfu"] < 1
+    assert statistics["perf/peak_memory_gb"] > 0.05
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    for ids, row in zip([(5, 6, 7, 8), (9, 10)], found["probe"], strict=True):
+        with torch.no_grad():
+            assert row == pytest.approx(token_logprobs(model, ids[:1], ids[1:]).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3x2", "bf16"])
+def test_exported_folder_loads(folder, results, name):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = folder / f"export-{name}"
+    saved, weights = load_file(path / "model.safetensors"), results[name]["weights"]
+    assert saved.keys() == weights.keys() == load_file(folder / "model" / "model.safetensors").keys()
+    assert all(torch.equal(saved[k], v) and saved[k].dtype == v.dtype for k, v in weights.items())
+    assert weights["model.norm.weight"].dtype == (torch.bfloat16 if name == "bf16" else torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"])
+    assert (path / "generation_config.json").is_file()
+    assert AutoTokenizer.from_pretrained(path).convert_tokens_to_ids(["w3", "w5"]) == [3, 5]
+    config = json.loads((path / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+
+
+if __name__ == "__main__":
+    main()
