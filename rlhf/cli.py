@@ -1,0 +1,138 @@
+"""The command `rlhf`. Importing it loads neither torch, ray, vllm nor deepspeed."""
+
+import importlib
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlhf import __version__
+from rlhf.config import load_config
+from rlhf.errors import InputError, RLHFError
+
+app = typer.Typer(
+    name="rlhf",
+    help="Online RLHF: vLLM generators, a preference judge and DeepSpeed DPO learners, from one YAML file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Keys set over the file, values in YAML.")
+]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory, runs/<name>.")]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Empty the run directory and start over.")] = False,
+) -> None:
+    """Run to the end, or resume a run directory that is not finished."""
+    resolved = load_config(config, overrides or ())
+    with _naming(config):
+        importlib.import_module("actors.app").train(resolved, fresh=fresh)
+
+
+@app.command()
+def validate(config: Config, overrides: Overrides = None) -> None:
+    """Print the resolved config, the placement plan and the memory estimate; starts nothing."""
+    import yaml
+    from rich.console import Console
+
+    from rlhf.planning import check_inputs, make_plan, show_plan
+
+    resolved = load_config(config, overrides or ())
+    with _naming(config):
+        notes = check_inputs(resolved)
+        plan = make_plan(resolved)
+    print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    show_plan(plan, notes, Console())
+
+
+@app.command()
+def export(
+    run_dir: RunDir, out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder of the checkpoint.")]
+) -> None:
+    """Copy the final policy to OUT as a Hugging Face checkpoint with a model card."""
+    from rlhf.exporting import export_run
+
+    print(export_run(run_dir, out))
+
+
+@app.command()
+def report(run_dir: RunDir) -> None:
+    """Write RUN_DIR/report.html: one self-contained page."""
+    from rlhf.exporting import read_run_config
+
+    read_run_config(run_dir)
+    written = importlib.import_module("rlhf.monitor.report").write_report(run_dir)
+    print(written or run_dir / "report.html")
+
+
+@app.command("fetch-model")
+def fetch_model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the model.")],
+) -> None:
+    """Fetch the small real model of the quickstart and the tests."""
+    from rlhf import fetch
+
+    done = fetch.fetch_model(name, out)
+    print(f"{out}: {'written' if done else 'already holds a complete model; nothing to do'}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside the run itself, which has its own way to stop."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 failed, 2 bad config or input, 130 SIGINT, 143 SIGTERM.
+
+    Errors of this project end in one line on stderr; any other propagates with its traceback.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        # As a command of its own, typer would print its usage errors and exit with 2 itself.
+        app(args=None if arguments is None else list(arguments), prog_name="rlhf")
+    except RLHFError as error:
+        _fail(" ".join(str(error).split()), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped by SIGINT", 130)
+    except _Terminated:
+        _fail("stopped by SIGTERM", 143)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"rlhf: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def _naming(config: str) -> Iterator[None]:
+    """Put the config's file name before a complaint about one of its keys."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(config) else f"{config}: {text}") from error
+
+
+if __name__ == "__main__":
+    main()
