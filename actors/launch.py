@@ -28,6 +28,7 @@ CONCURRENCY = 10_000
 """Calls an async actor takes at once; vLLM itself bounds what runs."""
 
 SHUTDOWN_S = 60.0
+"""What a generator that is to be replaced may take to stop its engine before it is killed."""
 
 
 @dataclass(frozen=True)
