@@ -1,15 +1,14 @@
-"""The nccl transport without a GPU: what vLLM is told, the order of calls, and what a failure on either side does."""
+"""The nccl transport without a GPU: when it is chosen, what vLLM is told, and the learner's end of the group."""
 
-import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from vllm.distributed.weight_transfer.nccl_common import NCCLWeightTransferInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLTrainerWeightTransferEngine,
@@ -19,13 +18,11 @@ from vllm.distributed.weight_transfer.packed_tensor import pack_tensors, unpack_
 
 from actors.engine.llm import EngineSpec, engine_arguments
 from actors.engine.nccl import ExportSource, NcclSender, SilentClient, first_failure
-from actors.fleet import GeneratorFleet
-from actors.weights.nccl import NcclGroup, NcclPlane, update_info
-from actors.weights.transport import build_plane, pick_transport
+from actors.weights.nccl import NcclGroup, update_info
+from actors.weights.transport import pick_transport
 from rlhf.config import RunConfig
-from rlhf.errors import EngineLostError, InputError, PayloadError, RLHFError
+from rlhf.errors import EngineLostError, InputError
 from rlhf.learning.parametrisation import Full
-from rlhf.records import Bucket, Probe, TensorSpec, WeightManifest
 
 GROUP = NcclGroup("10.0.0.1", 29500, 5, True, 1 << 20)
 
@@ -86,8 +83,16 @@ def test_vllm_parses_what_an_engine_is_told() -> None:
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=40, tie_word_embeddings=True, **shape)).to(torch.bfloat16)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    )
+    return AutoModelForCausalLM.from_config(config)
 
 
 def test_metadata_agrees_with_every_pass_over_the_weights(model: LlamaForCausalLM) -> None:
@@ -258,218 +263,3 @@ def test_a_failing_call_of_an_engine_ends_the_wait() -> None:
         assert first_failure(calls[:1], 60, done) is None
     finally:
         ray.shutdown()
-
-
-# --- the driver ------------------------------------------------------------------------------------------------------
-
-SHAPES: dict[str, tuple[int, ...]] = {"a": (2, 3), "b": (4,)}
-
-
-def manifest(version: int = 1, names: Sequence[str] = ("a", "b"), dtypes: Sequence[str] = ()) -> WeightManifest:
-    kinds = list(dtypes) or ["bfloat16"] * len(names)
-    specs = [TensorSpec(name, kind, SHAPES[name], 0, 12, "") for name, kind in zip(names, kinds, strict=True)]
-    return WeightManifest(version, (Bucket(tuple(specs), 24),), (Probe((1, 2), (-1.0,)),))
-
-
-class Call:
-    """A call under way. As with a reference of Ray, to stop waiting for it does not stop it."""
-
-    def __init__(self, work: Coroutine[Any, Any, Any]) -> None:
-        self.task = asyncio.create_task(work)
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return asyncio.shield(self.task).__await__()
-
-
-class Method:
-    def __init__(self, function: Callable[..., Coroutine[Any, Any, Any]]) -> None:
-        self._function = function
-
-    def remote(self, *arguments: Any) -> Call:
-        return Call(self._function(*arguments))
-
-
-class Broadcast:
-    """The group in this process: an update waits for the sender, the sender for every engine that is in the group."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.groups: list[NcclGroup] = []
-        self.offsets: dict[str, int] = {}
-        self.sending = asyncio.Event()
-
-    # The learner's side, as `LearnerGroup` has it. It watches the calls, as a rank does.
-    async def rendezvous(self) -> tuple[str, int]:
-        self.log.append("rendezvous")
-        return "10.0.0.1", 29500 + len(self.groups)
-
-    async def open_nccl(self, group: NcclGroup, calls: Sequence[Any]) -> None:
-        self.log.append("learner open")
-        self.groups.append(group)
-        await self._watch(calls, 0.5)
-
-    async def send_nccl(self, calls: Sequence[Any]) -> None:
-        self.log.append("learner send")
-        self.sending.set()
-        await asyncio.sleep(0.01)
-        await self._watch([call for call in calls if call.task.done()], 0.5)
-        self.sending.clear()
-
-    async def _watch(self, calls: Sequence[Any], seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await asyncio.gather(*calls)
-        except (Exception, TimeoutError) as error:
-            raise EngineLostError(f"NCCL group: {error or 'not done'}") from None
-
-
-class Engine:
-    """In-process handle of a generator; `behaviour` says how its updates end, one after the other."""
-
-    def __init__(self, name: str, network: Broadcast, behaviour: Sequence[str] = ()) -> None:
-        self.name, self.network, self.behaviour = name, network, list(behaviour)
-        self.open_nccl = Method(self._open)
-        self.receive = Method(self._receive)
-
-    async def _open(self, group: NcclGroup, rank_offset: int) -> None:
-        self.network.log.append(f"{self.name} open")
-        self.network.offsets[self.name] = rank_offset
-        if self.behaviour[:1] == ["deaf"]:
-            await asyncio.sleep(60)
-
-    async def _receive(self, manifest: WeightManifest, verify: bool, tolerance: float) -> float:
-        self.network.log.append(f"{self.name} receive {manifest.version}")
-        match self.behaviour.pop(0) if self.behaviour else "good":
-            case "broken":
-                raise EngineLostError(f"{self.name}: out of memory")
-            case "stuck":
-                await asyncio.sleep(60)
-            case "died":
-                raise RLHFError(f"{self.name}: the actor died")
-            case "bug":
-                raise KeyError("a mistake of ours")
-        await self.network.sending.wait()
-        await asyncio.sleep(0.05)
-        return 0.01
-
-
-class Setup:
-    def __init__(self, *behaviours: Sequence[str], deadline: float = 1.0, replacements: Sequence[str] = ()) -> None:
-        self.network = Broadcast()
-        self.replaced: list[str] = []
-        names = [f"g{index}" for index in range(len(behaviours))]
-
-        async def restart(name: str) -> Engine:
-            self.replaced.append(name)
-            self.network.log.append(f"replace {name}")
-            return Engine(name, self.network, replacements)
-
-        handles = {name: Engine(name, self.network, how) for name, how in zip(names, behaviours, strict=True)}
-        self.fleet = GeneratorFleet(handles, {}, 4, restart)
-        self.plane = NcclPlane(self.fleet, True, 0.1, deadline, self.network, SHAPES, workers=2, buffer_bytes=1 << 20)
-
-    async def publish(self, version: int = 1, **options: Any) -> Any:
-        return await self.plane.publish(manifest(version, **options), self.fleet.members())
-
-
-async def test_the_group_is_opened_once_and_both_ends_run_together() -> None:
-    setup = Setup((), ())
-    first, second = await setup.publish(1), await setup.publish(2)
-    assert setup.network.log[0] == "rendezvous"
-    assert sorted(setup.network.log[1:4]) == ["g0 open", "g1 open", "learner open"]
-    assert sorted(setup.network.log[4:7]) == ["g0 receive 1", "g1 receive 1", "learner send"]
-    assert sorted(setup.network.log[7:]) == ["g0 receive 2", "g1 receive 2", "learner send"]
-    # Rank 0 is the learner; two engines of two workers each follow it.
-    assert setup.network.groups == [NcclGroup("10.0.0.1", 29500, 5, True, 1 << 20)]
-    assert setup.network.offsets == {"g0": 1, "g1": 3}
-    assert (first.served, first.failed, first.probe_error, first.nbytes) == (("g0", "g1"), {}, 0.01, 24)
-    assert second.version == 2
-
-
-async def test_tensors_of_several_dtypes_are_sent_one_by_one() -> None:
-    setup = Setup(())
-    await setup.publish(dtypes=("bfloat16", "float32"))
-    assert [group.packed for group in setup.network.groups] == [False]
-
-
-async def test_an_incomplete_payload_is_refused_before_anything_is_called() -> None:
-    setup = Setup((), ())
-    with pytest.raises(PayloadError, match="1 tensors are missing, the first is b"):
-        await setup.publish(names=("a",))
-    assert setup.network.log == []
-    assert setup.replaced == []
-
-
-@pytest.mark.parametrize("how", ["broken", "died"])
-async def test_an_engine_that_fails_takes_the_whole_group_with_it(how: str) -> None:
-    setup = Setup((), (how,))
-    report = await setup.publish()
-    # g0 waited for the rest of a payload that never came: it is lost as well.
-    assert sorted(setup.replaced) == ["g0", "g1"]
-    assert report.served == ("g0", "g1")
-    assert [group.port for group in setup.network.groups] == [29500, 29501]
-
-
-async def test_an_engine_that_takes_no_part_is_lost_at_the_deadline_and_a_proved_one_serves() -> None:
-    setup = Setup((), ("stuck",), deadline=0.3)
-    report = await setup.publish()
-    assert setup.replaced == ["g1"]
-    assert report.served == ("g0", "g1")
-    # The second attempt is for the new engine alone; the next version needs a group of both again.
-    assert [group.world_size for group in setup.network.groups] == [5, 3]
-    await setup.publish(2)
-    assert [group.world_size for group in setup.network.groups] == [5, 3, 5]
-    assert setup.network.offsets == {"g0": 1, "g1": 3}
-
-
-async def test_an_engine_that_does_not_join_is_replaced_and_nothing_is_sent_before() -> None:
-    setup = Setup((), ("deaf",), deadline=0.3)
-    report = await setup.publish()
-    assert setup.replaced == ["g1"]
-    assert report.served == ("g0", "g1")
-    assert setup.network.log.index("replace g1") < setup.network.log.index("learner send")
-    assert [group.world_size for group in setup.network.groups] == [5, 5]
-
-
-async def test_an_engine_lost_twice_is_reported_and_replaced_before_the_next_version() -> None:
-    setup = Setup((), ("stuck",), deadline=0.3, replacements=("stuck",))
-    report = await setup.publish()
-    assert report.served == ("g0",)
-    assert list(report.failed) == ["g1"]
-    assert "g1: update to version 1 did not end within 0 s" in report.failed["g1"]
-    setup.network.log.clear()
-    setup.fleet._restart = lambda name: _fresh(name, setup)
-    assert (await setup.publish(2)).served == ("g0", "g1")
-    assert setup.network.log[0] == "replace g1"
-
-
-async def _fresh(name: str, setup: Setup) -> Engine:
-    setup.network.log.append(f"replace {name}")
-    return Engine(name, setup.network)
-
-
-async def test_no_engine_left_is_an_error_that_says_why() -> None:
-    setup = Setup(("broken",), replacements=("broken",))
-    with pytest.raises(RLHFError, match=r"no generator took version 1: .*out of memory"):
-        await setup.publish()
-
-
-async def test_a_learner_that_died_ends_the_run_and_costs_no_engine() -> None:
-    setup = Setup(())
-
-    async def dead(calls: Sequence[Any]) -> None:
-        raise RLHFError("learner: sending over NCCL: the actor died")
-
-    setup.network.send_nccl = dead  # type: ignore[method-assign]
-    with pytest.raises(RLHFError, match="learner: sending over NCCL"):
-        await setup.publish()
-    assert setup.replaced == []
-
-
-def test_the_plane_of_each_transport() -> None:
-    fleet = Setup(()).fleet
-    names = {
-        transport: type(build_plane(transport, config(), fleet, Broadcast(), SHAPES, 0.1)).__name__
-        for transport in ("object_store", "nccl")
-    }
-    assert names == {"object_store": "ObjectStorePlane", "nccl": "NcclPlane"}
