@@ -61,7 +61,11 @@ class ConsoleSink:
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """A table that folds long texts inside their columns."""
-        self._print(build_table(name, columns, rows, self.console.encoding))
+        # Rich would fold a title to the width of a narrow table.
+        self._print(Text(f"\n{clean_text(name)}", style="bold"))
+        self._print(build_table(columns, rows, self.console.encoding))
+        if len(rows) > MAX_ROWS:
+            self._print(Text(f"{len(rows) - MAX_ROWS} more rows in the run directory's tables/", style="dim"))
 
     def progress(self, name: str, total: int | None) -> "Part":
         """A long part; `total` None shows a spinner and the time that has passed."""
@@ -176,16 +180,11 @@ class _Bars:
             self._open.clear()
 
 
-def build_table(name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]], encoding: str = "utf-8") -> Table:
-    """A rich table: numbers to the right, long texts folded and cut, the rest of a long table left to its file."""
+def build_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], encoding: str = "utf-8") -> Table:
+    """A rich table: numbers to the right, long texts folded and cut, the first `MAX_ROWS` rows."""
     texts = [[_encodable(_cell(cell), encoding) for cell in row] for row in rows[:MAX_ROWS]]
-    caption = f"{len(rows) - MAX_ROWS} more rows in tables/" if len(rows) > MAX_ROWS else None
     wide = [any(len(row[i]) > _LONG or "\n" in row[i] for row in texts) for i in range(len(columns))]
     table = Table(
-        title=Text(_encodable(clean_text(name), encoding), style="bold"),
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
         box=box.ROUNDED if any(wide) else box.SIMPLE_HEAD,
         show_lines=any(wide),
         expand=any(wide),

@@ -111,9 +111,7 @@ def _tiles(
         round, metrics = wins[-1]
         low, high = metrics.get("eval/win_rate_low"), metrics.get("eval/win_rate_high")
         interval = f"{low:.2f} to {high:.2f}, " if low is not None and high is not None else ""
-        tiles.append(
-            ("Win rate against the first policy", f"{metrics['eval/win_rate']:.2f}", f"{interval}round {round}")
-        )
+        tiles.append(("Win rate against round 0", f"{metrics['eval/win_rate']:.2f}", f"{interval}round {round}"))
     scores = [(r, m["eval/score"]) for r, m in evals.items() if m.get("eval/score") is not None]
     if len(scores) > 1:
         figure = f"{scores[0][1]:.3f} → {scores[-1][1]:.3f}"
