@@ -1,5 +1,6 @@
 """Joining or starting Ray, and what the nodes offer."""
 
+import os
 import shutil
 import tempfile
 import uuid
@@ -38,6 +39,8 @@ def connect(config: RunConfig, run_dir: Path, object_store_bytes: int) -> Iterat
     temp_dir = _fresh_temp_dir(config, run_dir) if private else None
     try:
         if private:
+            # Ray runs its workers at niceness 15, which starves them beside anything else on a shared machine.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             ray.init(
                 num_cpus=LOCAL_CPUS,
                 include_dashboard=False,
