@@ -22,7 +22,7 @@ class Generator(Section):
 
     replicas: int = Field(1, ge=1, description="vLLM engines, each in its own Ray actor.")
     tensor_parallel: int = Field(1, ge=1, description="GPUs (or CPU workers) of one engine.")
-    samples: int = Field(4, description="K, the responses sampled for each prompt.")
+    samples: int = Field(4, description="K, the responses sampled for each prompt; at least 2.")
     sampling: Sampling = Field(default_factory=lambda: Sampling(), description="Sampling parameters.")
     engine: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM's engine arguments as they are.")
     cpus: int | None = Field(
