@@ -1,0 +1,222 @@
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf.config import RunConfig, load_config
+from rlhf.config.load import apply_overrides, validate
+from rlhf.errors import InputError
+
+BASE: dict[str, Any] = {"name": "x", "policy": {"path": "p"}, "prompts": {"path": "q"}}
+
+
+def refusal(extra: dict[str, Any]) -> str:
+    with pytest.raises(InputError) as caught:
+        validate(BASE | extra, "c.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "c.yaml"
+    file.write_text(textwrap.dedent(text))
+    return file
+
+
+MINIMAL = """\
+    name: x
+    policy: {path: p}
+    prompts: {path: q}
+"""
+
+
+def test_quickstart_is_what_the_design_says() -> None:
+    config = load_config("configs/quickstart.yaml")
+    assert (config.rounds.count, config.rounds.prompts, config.generator.samples) == (8, 32, 4)
+    assert (config.learner.batch_size, config.learner.micro_batch_size, config.learner.zero_stage) == (16, 4, 2)
+    assert config.learner.optimizer.lr == 3e-5
+    assert config.prompts.eval is not None
+    assert (config.prompts.eval.count, config.generator.sampling.max_tokens) == (32, 48)
+    assert Path(config.prompts.path).is_file()
+    assert Path(config.prompts.eval.path).is_file()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"judge": {"type": "pm"}}, "c.yaml: judge.type = 'pm': expected one of 'sentiment', 'pair_model'"),
+        (
+            {"judge": {"scale": 2}},
+            "c.yaml: judge.type: required key is missing; expected one of 'sentiment', 'pair_model'",
+        ),
+        ({"eval_judge": {"type": 1}}, "c.yaml: eval_judge.type = '1': expected one of 'sentiment', 'pair_model'"),
+        ({"judge": 3}, "c.yaml: judge = 3: expected a mapping of keys"),
+        ({"learner": [1]}, "c.yaml: learner = [1]: expected a mapping of keys"),
+        (
+            {"eval_judge": {"type": "pair_model", "max_lenght": 9}},
+            "c.yaml: eval_judge.max_lenght = 9: unknown key; did you mean 'max_length'?",
+        ),
+        ({"learner": {"otpimizer": {}}}, "c.yaml: learner.otpimizer: unknown key; did you mean 'optimizer'?"),
+        ({"policy": {"pth": 3}}, "c.yaml: policy.pth = 3: unknown key; did you mean 'path'? (and 1 more)"),
+        ({"policy": {}}, "c.yaml: policy.path: required key is missing"),
+        (
+            {"judge": {"type": "pair_model", "max_length": 3}},
+            "c.yaml: judge.max_length = 3: expected greater than or equal to 16",
+        ),
+        (
+            {"learner": {"optimizer": {"lr": "abc"}}},
+            "c.yaml: learner.optimizer.lr = 'abc': expected a valid number, unable to parse string as a number",
+        ),
+        (
+            {"learner": {"optimizer": {"schedule": "cos"}}},
+            "c.yaml: learner.optimizer.schedule = 'cos': expected 'constant', 'linear' or 'cosine'",
+        ),
+        ({"name": True}, "c.yaml: name = True: expected text; put it in quotes"),
+        (
+            {"learner": {"lora": {"r": 8}}},
+            "c.yaml: learner.lora: this key is reserved and has no implementation yet; leave it out",
+        ),
+        (
+            {"sync": {"sparse": True}},
+            "c.yaml: sync.sparse = True: this feature is reserved and has no implementation yet; leave it out",
+        ),
+        (
+            {"generator": {"samples": 1}},
+            "c.yaml: generator.samples = 1: a preference needs at least 2 responses a prompt",
+        ),
+        (
+            {"learner": {"batch_size": 3, "world_size": 2}},
+            "c.yaml: learner.batch_size 3 must be a multiple of learner.world_size 2",
+        ),
+    ],
+)
+def test_refusals_name_file_key_value_and_expectation(extra: dict[str, Any], message: str) -> None:
+    assert refusal(extra) == message
+
+
+@pytest.mark.parametrize(
+    ("extra", "keys"),
+    [
+        ({"learner": {"zero_stage": 0}}, ("learner.zero_stage", "policy.dtype")),
+        ({"learner": {"max_length": 100}}, ("prompts.max_tokens", "generator.sampling.max_tokens", "learner.max_len")),
+        ({"rounds": {"lookahead": 1, "max_staleness": 0}}, ("rounds.lookahead", "rounds.max_staleness")),
+        (
+            {"sync": {"transport": "nccl"}, "cluster": {"device": "cpu"}},
+            ("sync.transport nccl", "cluster.device cpu"),
+        ),
+    ],
+)
+def test_impossible_combinations_name_every_key_and_dump_no_input(extra: dict[str, Any], keys: tuple[str, ...]) -> None:
+    message = refusal(extra)
+    assert message.startswith("c.yaml: ")
+    assert all(key in message for key in keys)
+    assert "{" not in message
+    assert "whole config" not in message
+
+
+@pytest.mark.parametrize("extra", [{"rounds": {"count": True}}, {"learner": {"zero_stage": True}}, {"seed": False}])
+def test_yaml_booleans_are_no_numbers(extra: dict[str, Any]) -> None:
+    section, value = next(iter(extra.items()))
+    key = section if not isinstance(value, dict) else f"{section}.{next(iter(value))}"
+    assert refusal(extra).startswith(f"c.yaml: {key} = '{'false' if value is False else 'true'}': expected")
+
+
+def test_an_unknown_key_that_sounds_secret_keeps_its_value_to_itself() -> None:
+    message = refusal({"monitor": {"wandb": {"api_key": "hush-hush"}}})
+    assert "monitor.wandb.api_key" in message
+    assert "hush" not in message
+
+
+def test_a_long_value_is_cut() -> None:
+    assert len(refusal({"name": "a" * 3000})) < 250
+
+
+def test_numbers_become_text_and_text_numbers(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL.replace("name: x", "name: 42") + "    learner: {optimizer: {lr: 3e-5}}\n")
+    config = load_config(file, ["generator.engine.swap_fraction=1e-2"])
+    assert config.name == "42"
+    assert config.learner.optimizer.lr == 3e-5
+    # No model converts what goes to vLLM as it is: there, too, 1e-2 must be a number.
+    assert config.generator.engine == {"swap_fraction": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        (MINIMAL + "    name: y\n", ":4:5: not valid YAML: the key 'name' stands twice"),
+        (MINIMAL + "    rounds: {count: 1, count: 2}\n", ":4:24: not valid YAML: the key 'count' stands twice"),
+        (MINIMAL + "    rounds: {count: 1\n", "not valid YAML"),
+        ("", ": the config is empty; it needs at least name, policy.path and prompts.path"),
+        ("- 1\n", ": expected a mapping of keys at the top level, got list"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, where: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_config(file)
+    assert where in str(caught.value)
+    assert str(caught.value).startswith(str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_yaml_anchors_may_be_merged_over(tmp_path: Path) -> None:
+    file = write(tmp_path, MINIMAL + "    rounds: &r {count: 3}\n    evaluation: {<<: {every: 2}, every: 1}\n")
+    assert load_config(file).evaluation.every == 1
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read the config: No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not a UTF-8 text file"):
+        load_config(tmp_path / "b.yaml")
+
+
+def test_overrides_reach_deep_and_create_sections() -> None:
+    data = apply_overrides(BASE, ["learner.optimizer.lr=1e-6", "rounds.count=2", "name=hh"], "c.yaml")
+    config = validate(data, "c.yaml")
+    assert (config.learner.optimizer.lr, config.rounds.count, config.name) == (1e-6, 2, "hh")
+    assert "learner" not in BASE
+
+
+def test_an_override_of_a_type_resets_its_siblings_and_comes_first() -> None:
+    data = BASE | {"judge": {"type": "sentiment", "scale": 2.0, "replicas": 3}}
+    changed = apply_overrides(data, ["judge.max_length=64", "judge.type=pair_model"], "c.yaml")
+    assert changed["judge"] == {"type": "pair_model", "max_length": 64}
+    kept = apply_overrides(data, ["judge.type=sentiment"], "c.yaml")
+    assert kept["judge"] == data["judge"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rounds.count", "c.yaml: override 'rounds.count': expected key.path=value"),
+        ("=3", "c.yaml: override '=3': expected key.path=value"),
+        ("a..b=3", "c.yaml: override 'a..b=3': expected key.path=value"),
+        ("name.x=3", "c.yaml: override name.x: name is 'x', not a mapping of keys"),
+        ("name=[", "c.yaml: override 'name=[': the value is not valid YAML; quote it"),
+    ],
+)
+def test_bad_overrides(override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        apply_overrides(BASE, [override], "c.yaml")
+    assert str(caught.value) == message
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.floats(1e-8, 1e-2),
+    st.integers(1, 64),
+    st.sampled_from(["sentiment", "pair_model"]),
+)
+def test_the_resolved_config_loads_to_itself(seed: int, lr: float, count: int, judge: str) -> None:
+    overrides = [f"seed={seed}", f"learner.optimizer.lr={lr!r}", f"rounds.count={count}", f"judge.type={judge}"]
+    config = validate(apply_overrides(BASE, overrides, "c.yaml"), "c.yaml")
+    assert (config.seed, config.learner.optimizer.lr, config.rounds.count) == (seed, lr, count)
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
