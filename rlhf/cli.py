@@ -111,6 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(" ".join(str(error).split()), error.exit_code)
     except KeyboardInterrupt:
         _fail("stopped by SIGINT", 130)
+    except SystemExit as exit:
+        if exit.code == 130:  # typer turns a KeyboardInterrupt into this
+            _fail("stopped by SIGINT", 130)
+        raise
     except _Terminated:
         _fail("stopped by SIGTERM", 143)
 
