@@ -5,7 +5,7 @@ import math
 import xml.etree.ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.monitor.charts import HEIGHT, WIDTH, Chart, Series, line_chart, nice_ticks, number_text, stacked_bars
@@ -27,6 +27,7 @@ def y_scale(root: ET.Element) -> tuple[float, float]:
     return slope, pixels[0] - slope * values[0]
 
 
+@settings(deadline=None)
 @given(FLOATS, FLOATS)
 def test_ticks_are_even_and_enclose_the_range(a: float, b: float) -> None:
     low, high = min(a, b), max(a, b)
@@ -39,6 +40,7 @@ def test_ticks_are_even_and_enclose_the_range(a: float, b: float) -> None:
     assert f"{step:.4e}".split("e")[0] in {"1.0000", "2.0000", "2.5000", "5.0000"}
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 500), FLOATS), min_size=1, max_size=20, unique_by=lambda point: point[0]))
 def test_points_lie_where_the_axis_says(points: list[tuple[int, float]]) -> None:
     points.sort()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.errors import InputError
@@ -22,6 +22,7 @@ def event(round: int, step: int | None = None, **metrics: float) -> Event:
     return Event("round" if step is None else "step", round, step, 12.5, clean_metrics(metrics))
 
 
+@settings(deadline=None)
 @given(METRICS)
 def test_numbers_survive_the_file_format_exactly(metrics: dict[str, float]) -> None:
     line = json.dumps(to_record(Event("step", 3, 7, 1.25, clean_metrics(metrics))), allow_nan=False)
@@ -74,6 +75,7 @@ def test_a_file_that_holds_a_torn_line_only_becomes_empty(tmp_path: Path) -> Non
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), max_size=12), st.integers(-1, 7))
 def test_rewind_keeps_exactly_the_rounds_up_to_the_one_given(
     tmp_path_factory: pytest.TempPathFactory, rounds: list[int], keep: int
@@ -135,6 +137,7 @@ def test_a_table_is_stored_under_a_safe_name_and_replaced(tmp_path: Path) -> Non
     }
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_clean_text_is_printable_anywhere(text: str) -> None:
     cleaned = clean_text(text)
