@@ -17,7 +17,7 @@ from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.ledger import Ledger
 from rlhf.rounds.metrics import RoundClock, round_metrics
 from rlhf.rounds.online import OnlineSource
-from rlhf.rounds.saving import Saver
+from rlhf.rounds.saving import Saver, commit_trained
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ async def run_rounds(system: System, config: RunConfig) -> None:
     """Run every round that is not done yet, from the newest whole checkpoint on."""
     done = await resume(system)
     await publish(system, done)
+    settle(system, done)
     if system.evaluator and done == 0:
         await system.evaluator.baseline()
     queue: asyncio.Queue[SealedRound] = asyncio.Queue(maxsize=1)
@@ -99,6 +100,12 @@ async def publish(system: System, version: int) -> SyncReport:
     for member in report.served:
         await system.fleet.admit(member, version)
     return report.timed(time.monotonic() - started)
+
+
+def settle(system: System, done: int) -> None:
+    """Catch up with a process that was killed between putting a checkpoint in place and saying so in the ledger."""
+    for round in range(1, done + 1):
+        commit_trained(system.ledger, round, system.checkpoints.path(done).name)
 
 
 async def resume(system: System) -> int:

@@ -60,7 +60,14 @@ class Saver:
         await asyncio.to_thread(self._checkpoints.commit, round)
         name = self._checkpoints.path(round).name
         for done in covered:
-            self._ledger.commit(done, RoundState.TRAINED, {"checkpoint": name})
-            # The weights were published before the save began: a round is only called trained once it cannot be lost.
-            self._ledger.commit(done, RoundState.PUBLISHED, {"version": done})
+            commit_trained(self._ledger, done, name)
         return time.monotonic() - started
+
+
+def commit_trained(ledger: Ledger, round: int, checkpoint: str) -> None:
+    """Move a round that `checkpoint` covers to TRAINED and PUBLISHED.
+
+    Its weights were published before they were saved: a round is only called trained once it cannot be lost.
+    """
+    ledger.commit(round, RoundState.TRAINED, {"checkpoint": checkpoint})
+    ledger.commit(round, RoundState.PUBLISHED, {"version": round})

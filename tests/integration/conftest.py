@@ -70,6 +70,7 @@ class System:
 
     def __init__(self, folder: Path, model: Path):
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         prompts = folder / "prompts.jsonl"
         topics = ["rain", "bread", "a cat", "trains", "the sea", "tea", "books", "snow", "music", "maps", "bees", "jam"]
         rows = [{"prompt": f"Tell me {how} {topic}."} for topic in topics for how in ("about", "a story of")]

@@ -67,7 +67,9 @@ def launch(cluster: None, tiny_model: Path) -> Any:
     """Starts generator actors as the launcher does."""
     shapes = tensor_shapes(tiny_model, "policy.path")
     actor = ray.remote(max_concurrency=1000)(GeneratorActor)
-    spec = EngineSpec(str(tiny_model), "float32", 128, 1, "cpu", 0, False, {"kv_cache_memory_bytes": 64 << 20}, True)
+    spec = EngineSpec(
+        str(tiny_model), "float32", 128, 1, "cpu", 0, False, {"kv_cache_memory_bytes": 64 << 20}, "object_store"
+    )
 
     async def start(name: str) -> Any:
         environment = {"env_vars": engine_environment("cpu", 1)}
@@ -104,7 +106,9 @@ def test_nothing_is_served_before_a_version_is_proved(generator, tiny_model):
 
 def test_versions_are_proved_served_and_never_mixed_up(generator, tiny_model):
     learner = Learner(tiny_model)
-    request = SampleRequest(prompt("The story of the long road begins with a small town by the sea", tiny_model), (7, 8))
+    request = SampleRequest(
+        prompt("The story of the long road begins with a small town by the sea", tiny_model), (7, 8)
+    )
     texts = []
     for version in range(3):
         if version:

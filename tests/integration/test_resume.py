@@ -4,33 +4,29 @@ import json
 import signal
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.conftest import Run, System, exists, state_reaches
+from tests.integration.conftest import System, exists, state_reaches
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
-    run = System(tmp_path_factory.mktemp("undisturbed"), tiny_model).train("evaluation.every=0")
-    assert run.code == 0, run.stderr[-3000:]
-    return run
+MOMENTS = (
+    state_reaches(1, "SEALED"),
+    exists("checkpoints/round-0001.tmp/*"),
+    state_reaches(2, "PLANNED"),
+    exists("checkpoints/round-0002"),
+    exists("policy.tmp"),
+)
+"""Each is a moment in the life of the run at which the process is killed; the next one goes on from there."""
 
 
-MOMENTS = {
-    "planned": state_reaches(2, "PLANNED"),
-    "sealed": state_reaches(2, "SEALED"),
-    "writing a checkpoint": exists("checkpoints/round-0001.tmp/*"),
-    "saved, not committed": exists("checkpoints/round-0002"),
-    "exporting": exists("policy.tmp"),
-}
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_at_any_moment_every_round_is_done_once(system: System, undisturbed: Run, moment: str):
-    killed = system.train("evaluation.every=0", stop=MOMENTS[moment])
-    assert killed.code == -signal.SIGKILL
+def test_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_model: Path):
+    undisturbed = System(tmp_path / "undisturbed", tiny_model).train("evaluation.every=0")
+    assert undisturbed.code == 0, undisturbed.stderr[-3000:]
+    system = System(tmp_path / "killed", tiny_model)
+    for number, moment in enumerate(MOMENTS):
+        killed = system.train("evaluation.every=0", stop=moment)
+        assert killed.code == -signal.SIGKILL, f"moment {number} never came: {killed.stderr[-3000:]}"
     resumed = system.train("evaluation.every=0")
     assert resumed.code == 0, resumed.stderr[-3000:]
     for round in (1, 2):
