@@ -1,0 +1,264 @@
+"""The judge pool's batching over in-process handles, and whether a role's actors fit the nodes."""
+
+import asyncio
+import gc
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.judge import JudgePool
+from actors.placement import Role, check_fits
+from rlhf.errors import DeadlineError, RLHFError
+from rlhf.judging.verdicts import make_verdict
+from rlhf.records import Comparison, Verdict
+
+
+def comparison(number: int) -> Comparison:
+    return Comparison(f"u{number}", (), f"a{number}", f"b{number}")
+
+
+def comparisons(*numbers: int) -> list[Comparison]:
+    return [comparison(number) for number in numbers]
+
+
+def numbers(verdicts: list[Verdict]) -> list[int]:
+    return [int(verdict.comparison.uid[1:]) for verdict in verdicts]
+
+
+class Handle:
+    """Has `compare.remote(batch)` as an actor handle has; judges after `delay` seconds and keeps what it was sent."""
+
+    def __init__(self, delay: float = 0.0) -> None:
+        self.delay = delay
+        self.batches: list[list[int]] = []
+        self.running = self.most_running = 0
+        self.answer: Callable[[list[Comparison]], Any] = lambda batch: [make_verdict(item, 0.9, 0.9) for item in batch]
+        self.compare = self
+
+    def remote(self, batch: list[Comparison]) -> Awaitable[Any]:
+        return asyncio.ensure_future(self._judge(list(batch)))
+
+    async def _judge(self, batch: list[Comparison]) -> Any:
+        self.batches.append([int(item.uid[1:]) for item in batch])
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(self.delay)
+            return self.answer(batch)
+        finally:
+            self.running -= 1
+
+
+async def test_one_call_keeps_its_order_over_several_batches() -> None:
+    handle = Handle()
+    pool = JudgePool([handle], batch_size=3, deadline=5)
+    verdicts = await pool.compare(comparisons(*range(8)))
+    assert numbers(verdicts) == list(range(8))
+    assert handle.batches == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+async def test_calls_that_come_together_share_a_batch() -> None:
+    handle = Handle()
+    pool = JudgePool([handle], batch_size=64, deadline=5)
+    answers = await asyncio.gather(*(pool.compare(comparisons(2 * call, 2 * call + 1)) for call in range(5)))
+    assert handle.batches == [list(range(10))]
+    assert [numbers(answer) for answer in answers] == [[2 * call, 2 * call + 1] for call in range(5)]
+
+
+async def test_a_batch_that_is_full_does_not_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(JudgePool, "LINGER_S", 60.0)
+    pool = JudgePool([Handle()], batch_size=2, deadline=5)
+    async with asyncio.timeout(5):
+        assert numbers(await pool.compare(comparisons(1, 2))) == [1, 2]
+
+
+async def test_a_late_timer_does_not_close_the_next_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The linger of a batch that filled up early must not cut short a younger one."""
+    monkeypatch.setattr(JudgePool, "LINGER_S", 0.05)
+    handle = Handle()
+    pool = JudgePool([handle], batch_size=2, deadline=5)
+    await pool.compare(comparisons(0, 1))
+    await asyncio.sleep(0.03)
+    young = asyncio.create_task(pool.compare(comparisons(2)))
+    await asyncio.sleep(0.035)  # the first timer has fired, the second has not
+    assert handle.batches == [[0, 1]]
+    assert numbers(await young) == [2]
+
+
+async def test_nothing_to_compare_asks_nobody() -> None:
+    handle = Handle()
+    assert await JudgePool([handle], batch_size=2, deadline=5).compare([]) == []
+    await asyncio.sleep(2 * JudgePool.LINGER_S)
+    assert handle.batches == []
+
+
+async def test_an_actor_holds_at_most_two_batches_and_all_are_used() -> None:
+    handles = [Handle(0.01) for _ in range(3)]
+    pool = JudgePool(handles, batch_size=1, deadline=5)
+    assert numbers(await pool.compare(comparisons(*range(24)))) == list(range(24))
+    assert [handle.most_running for handle in handles] == [2, 2, 2]
+    assert sorted(number for handle in handles for [number] in handle.batches) == list(range(24))
+
+
+async def test_work_goes_to_whoever_is_free() -> None:
+    slow, fast = Handle(0.2), Handle(0.001)
+    pool = JudgePool([slow, fast], batch_size=1, deadline=5)
+    await pool.compare(comparisons(*range(20)))
+    assert len(slow.batches) == 2
+    assert len(fast.batches) == 18
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 7), min_size=1, max_size=8),
+    batch_size=st.integers(1, 5),
+    delays=st.lists(st.sampled_from([0.0, 0.001, 0.004]), min_size=1, max_size=3),
+    pauses=st.lists(st.sampled_from([0.0, 0.001, 0.007]), min_size=8, max_size=8),
+)
+def test_each_call_gets_its_own_verdicts_in_order(
+    sizes: list[int], batch_size: int, delays: list[float], pauses: list[float]
+) -> None:
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    wanted = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
+    handles = [Handle(delay) for delay in delays]
+
+    async def run() -> list[list[Verdict]]:
+        pool = JudgePool(handles, batch_size, deadline=5)
+
+        async def call(own: list[int], pause: float) -> list[Verdict]:
+            await asyncio.sleep(pause)
+            return await pool.compare(comparisons(*own))
+
+        return await asyncio.gather(*(call(own, pause) for own, pause in zip(wanted, pauses, strict=False)))
+
+    assert [numbers(answer) for answer in asyncio.run(run())] == wanted
+    batches = [batch for handle in handles for batch in handle.batches]
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
+    assert sorted(number for batch in batches for number in batch) == list(range(sum(sizes)))
+
+
+async def test_an_error_reaches_every_caller_of_the_batch_and_frees_the_slot() -> None:
+    handle = Handle()
+
+    def broken(batch: list[Comparison]) -> list[Verdict]:
+        raise RLHFError("the judge's model gave nothing")
+
+    handle.answer, good = broken, handle.answer
+    pool = JudgePool([handle], batch_size=64, deadline=5)
+    calls = (pool.compare(comparisons(1)), pool.compare(comparisons(2, 3)))
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    assert [str(answer) for answer in answers] == ["the judge's model gave nothing"] * 2
+    assert len(handle.batches) == 1
+    for _ in range(3):  # more errors than the pool has slots
+        with pytest.raises(RLHFError):
+            await pool.compare(comparisons(1))
+    handle.answer = good
+    async with asyncio.timeout(5):
+        assert numbers(await pool.compare(comparisons(*range(5)))) == list(range(5))
+
+
+async def test_a_judge_that_does_not_answer_is_named_and_its_slot_freed() -> None:
+    handle = Handle(60.0)
+    pool = JudgePool([handle], batch_size=2, deadline=0.05)
+    with pytest.raises(DeadlineError, match="judge 0: 2 comparisons did not end within"):
+        await pool.compare(comparisons(1, 2))
+    handle.delay = 0.0
+    async with asyncio.timeout(5):
+        assert numbers(await pool.compare(comparisons(*range(6)))) == list(range(6))
+
+
+@pytest.mark.parametrize("given", [[], None, "one too few", "one too many"])
+async def test_a_judge_that_does_not_give_one_verdict_each_is_an_error(given: Any) -> None:
+    """Nothing back, or verdicts that would slip to another caller's comparisons."""
+    handle = Handle()
+    good = handle.answer
+
+    def answer(batch: list[Comparison]) -> Any:
+        if given == "one too few":
+            return good(batch)[1:]
+        return good(batch) * 2 if given == "one too many" else given
+
+    handle.answer = answer
+    pool = JudgePool([handle], batch_size=64, deadline=5)
+    answers = await asyncio.gather(*(pool.compare(comparisons(n)) for n in range(2)), return_exceptions=True)
+    for error in answers:
+        assert isinstance(error, RLHFError), error
+        assert "verdicts for 2 comparisons" in str(error)
+
+
+async def test_a_cancelled_caller_takes_nobody_with_it() -> None:
+    """Callers share a batch; one that is stopped must not stop the others."""
+    pool = JudgePool([Handle(0.02)], batch_size=64, deadline=5)
+    leaves = asyncio.create_task(pool.compare(comparisons(1)))
+    stays = asyncio.create_task(pool.compare(comparisons(2)))
+    await asyncio.sleep(JudgePool.LINGER_S + 0.01)
+    leaves.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaves
+    assert numbers(await stays) == [2]
+
+
+async def test_an_error_nobody_waits_for_any_more_is_not_reported_by_the_loop() -> None:
+    """A call over several broken batches raises the first error; the others must not litter the console."""
+    reports: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context))
+    handle = Handle()
+
+    def broken(batch: list[Comparison]) -> list[Verdict]:
+        raise RLHFError("broken")
+
+    handle.answer = broken
+    pool = JudgePool([handle], batch_size=1, deadline=5)
+    with pytest.raises(RLHFError, match="broken"):
+        await pool.compare(comparisons(1, 2, 3))
+    await asyncio.sleep(0.01)
+    del pool
+    gc.collect()
+    assert [report["message"] for report in reports] == []
+
+
+LEARNER = Role("learner", count=2, cpus=2, gpus=0, strategy="PACK")
+ENGINE = Role("generator", count=3, cpus=1, gpus=2, strategy="PACK")
+
+
+@pytest.mark.parametrize(
+    ("role", "nodes"),
+    [
+        (LEARNER, [{"CPU": 4.0}]),
+        (LEARNER, [{"CPU": 2.0}, {"CPU": 3.0}]),
+        (LEARNER, [{"CPU": 4.0, "GPU": 1.0, "memory": 1e9}]),
+        (ENGINE, [{"CPU": 8.0, "GPU": 6.0}]),
+        (ENGINE, [{"CPU": 2.0, "GPU": 4.0}, {"CPU": 64.0}, {"CPU": 1.0, "GPU": 8.0}]),
+    ],
+)
+def test_actors_that_fit(role: Role, nodes: list[dict[str, float]]) -> None:
+    check_fits(role, nodes)
+
+
+@pytest.mark.parametrize(
+    ("role", "nodes", "room"),
+    [
+        (LEARNER, [{"CPU": 3.0}], 1),
+        (LEARNER, [{"CPU": 3.0}, {"CPU": 1.0}], 1),  # enough in all, but no actor spans two nodes
+        (LEARNER, [], 0),
+        (ENGINE, [{"CPU": 64.0}], 0),
+        (ENGINE, [{"CPU": 2.0, "GPU": 16.0}], 2),
+        (ENGINE, [{"CPU": 8.0, "GPU": 1.0}] * 6, 0),
+    ],
+)
+def test_actors_that_never_fit_are_refused_at_once(role: Role, nodes: list[dict[str, float]], room: int) -> None:
+    with pytest.raises(RLHFError) as error:
+        check_fits(role, nodes)
+    message = str(error.value)
+    assert "\n" not in message
+    assert f"{role.count} {role.name} actors" in message
+    assert f"({len(nodes)} nodes," in message
+    assert f"room for {room})" in message
+
+
+def test_the_message_tells_what_is_asked_and_what_is_there() -> None:
+    with pytest.raises(RLHFError, match=r"\{'CPU': 1, 'GPU': 2\}.*\{'CPU': 12\.0, 'GPU': 1\.0\} in all"):
+        check_fits(ENGINE, [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 4.0}])

@@ -1,0 +1,188 @@
+"""The online source: plans that never change, seeds that belong to their response, and sealed rounds read back."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf.config import RunConfig
+from rlhf.data.prompts import PromptOrder
+from rlhf.errors import InputError, RLHFError
+from rlhf.judging.verdicts import make_verdict
+from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VersionSpan
+from rlhf.rounds.ledger import Ledger, RoundState
+from rlhf.rounds.online import OnlineSource, rollout_metrics, sample_requests
+from rlhf.rounds.sealing import read_rollouts
+from rlhf.seeds import derive_seed
+
+
+@pytest.fixture(autouse=True)
+def _no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flushing is proved in test_files."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"{n:016x}", (Message(role="user", content=str(n)),), str(n), (n, 1)) for n in range(count)]
+
+
+def make_config(prompts: int = 3, **sections: Any) -> RunConfig:
+    base = {"name": "r", "policy": {"path": "m"}, "prompts": {"path": "p.jsonl"}, "generator": {"samples": 3}}
+    return RunConfig.model_validate(base | {"rounds": {"prompts": prompts}} | sections)
+
+
+class Ports:
+    """Generators that answer in reverse order, a judge that likes the larger text, a quiet monitor."""
+
+    def __init__(self) -> None:
+        self.requests: list[SampleRequest] = []
+        self.judged: list[str] = []
+        self.deadline = 0.0
+        self.empty_uid = ""
+
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+        self.deadline = deadline
+        self.requests += requests
+        wanted = [(request.prompt.uid, k, seed) for request in requests for k, seed in enumerate(request.seeds)]
+        for uid, k, seed in reversed(wanted):
+            await asyncio.sleep(0)
+            ids = () if uid == self.empty_uid else (seed % 50_000, seed // 50_000 % 50_000)
+            reason = "length" if k == 0 else "stop"
+            spans = (VersionSpan(0, 0, len(ids)),)
+            yield Rollout(uid, k, ids, (-0.5,) * len(ids), f"{seed:020d}", reason, spans)
+
+    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        self.judged += [item.uid for item in comparisons]
+        return [make_verdict(item, p, p) for item in comparisons for p in [0.9 if item.a > item.b else 0.1]]
+
+    def progress(self, name: str, total: int | None) -> "Ports":
+        return self
+
+    def advance(self, amount: int = 1) -> None:
+        return None
+
+    def __enter__(self) -> "Ports":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def make_source(ports: Any, run_dir: Path, config: RunConfig, prompts: int = 5) -> OnlineSource:
+    order = PromptOrder(make_prompts(prompts), config.seed)
+    return OnlineSource(config, order, ports, ports, Ledger(run_dir), ports)
+
+
+def test_a_plan_is_in_the_ledger_before_anything_is_sampled(tmp_path: Path) -> None:
+    source = make_source(Ports(), tmp_path, make_config())
+    planned = [[prompt.uid for prompt in source.plan(round)] for round in (1, 2)]
+    ledger = Ledger(tmp_path)
+    assert [ledger.plan(1), ledger.plan(2)] == planned
+    assert ledger.state(2) == RoundState.PLANNED
+    assert (ledger.manifest(1)["cursor"], ledger.manifest(2)["cursor"]) == (0, 3)
+    assert len({uid for uids in planned for uid in uids}) == 6  # five prompts: the sixth is of the second epoch
+    again = make_source(Ports(), tmp_path, make_config())
+    assert [prompt.uid for prompt in again.plan(1)] == planned[0]
+
+
+def test_rounds_cannot_be_planned_out_of_order(tmp_path: Path) -> None:
+    with pytest.raises(RLHFError, match="round 2 cannot be planned before round 1"):
+        make_source(Ports(), tmp_path, make_config()).plan(2)
+
+
+def test_another_prompt_file_is_refused_for_a_planned_round(tmp_path: Path) -> None:
+    make_source(Ports(), tmp_path, make_config()).plan(1)
+    with pytest.raises(InputError, match=r"^prompts\.path = 'p\.jsonl': .*round 1 was planned") as error:
+        make_source(Ports(), tmp_path, make_config(), prompts=40).plan(1)
+    assert "\n" not in str(error.value)
+
+
+async def test_a_round_is_sampled_judged_and_sealed_once(tmp_path: Path) -> None:
+    ports = Ports()
+    source = make_source(ports, tmp_path, make_config())
+    sealed = (await source.streams(1))["online"]
+    assert ports.deadline == make_config().cluster.deadlines.generate
+    assert [pair.uid for pair in sealed.pairs] == sorted(Ledger(tmp_path).plan(1))
+    best = {uid: max(r.text for r in read_rollouts(tmp_path / "rounds/0001/rollouts.parquet") if r.uid == uid)
+            for uid in Ledger(tmp_path).plan(1)}  # fmt: skip
+    assert {pair.uid: pair.chosen for pair in sealed.pairs} == best
+    assert pq.read_table(tmp_path / "rounds/0001/verdicts.parquet").num_rows == len(ports.judged)
+    manifest = Ledger(tmp_path).manifest(1)["pairs"]
+    assert (manifest["sha256"], manifest["count"]) == (sealed.digest, 3)
+    later = Ports()
+    again = (await make_source(later, tmp_path, make_config()).streams(1))["online"]
+    assert again == sealed
+    assert (later.requests, later.judged) == ([], [])
+
+
+async def test_metrics_of_a_round_survive_a_restart(tmp_path: Path) -> None:
+    source = make_source(Ports(), tmp_path, make_config())
+    await source.streams(1)
+    metrics, warnings = source.metrics(1)
+    assert (metrics["rollout/tokens"], metrics["rollout/length_mean"]) == (18.0, 2.0)
+    assert metrics["rollout/truncated_rate"] == pytest.approx(1 / 3)
+    assert (metrics["pairs/kept"], metrics["pairs/dropped_tie"], metrics["pairs/dropped_invalid"]) == (3.0, 0.0, 0.0)
+    assert (warnings, metrics["timing_s/judge"] >= 0) == ([], True)
+    assert make_source(Ports(), tmp_path, make_config()).metrics(1) == (metrics, warnings)
+
+
+async def test_responses_without_tokens_are_counted_and_said(tmp_path: Path) -> None:
+    ports = Ports()
+    source = make_source(ports, tmp_path, make_config(prompts=1))
+    ports.empty_uid = source.plan(1)[0].uid
+    assert (await source.streams(1))["online"].pairs == ()
+    metrics, warnings = source.metrics(1)
+    assert (metrics["pairs/kept"], metrics["pairs/empty_responses"]) == (0.0, 3.0)
+    assert ["kept no pair" in warnings[0], "3 responses have no tokens" in warnings[1]] == [True, True]
+
+
+async def test_a_failed_round_leaves_nothing_sealed(tmp_path: Path) -> None:
+    class Broken(Ports):
+        async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+            raise RLHFError("the judge gave nothing")
+
+    with pytest.raises(ExceptionGroup) as error:
+        await make_source(Broken(), tmp_path, make_config()).streams(1)
+    assert error.group_contains(RLHFError, match="the judge gave nothing")
+    assert Ledger(tmp_path).state(1) == RoundState.PLANNED
+    ports = Ports()
+    assert len((await make_source(ports, tmp_path, make_config()).streams(1))["online"].pairs) == 3
+
+
+async def test_a_second_try_samples_the_same_responses(tmp_path: Path) -> None:
+    first, second = Ports(), Ports()
+    one = (await make_source(first, tmp_path / "one", make_config()).streams(1))["online"]
+    two = (await make_source(second, tmp_path / "two", make_config()).streams(1))["online"]
+    assert first.requests == second.requests
+    assert one == two  # the digest too
+
+
+def test_each_response_has_a_seed_of_its_own() -> None:
+    prompts = make_prompts(4)
+    seeds = [
+        seed
+        for run_seed in (0, 1)
+        for scope in (1, 2, "evaluation")
+        for request in sample_requests(prompts, 3, run_seed, scope)
+        for seed in request.seeds
+    ]
+    assert len(set(seeds)) == len(seeds) == 2 * 3 * 4 * 3
+    [request] = sample_requests(prompts[:1], 2, 7, 3)
+    assert request.seeds == (derive_seed(7, prompts[0].uid, 3, 0), derive_seed(7, prompts[0].uid, 3, 1))
+    # More samples keep the seeds of the first ones.
+    assert sample_requests(prompts[:1], 5, 7, 3)[0].seeds[:2] == request.seeds
+
+
+def test_rollout_metrics_count_sampled_tokens() -> None:
+    span = (VersionSpan(0, 0, 1),)
+    rollouts = [Rollout("u", k, (1,) * n, (0.0,) * n, "", reason, span)
+                for k, (n, reason) in enumerate([(4, "length"), (1, "stop"), (0, "stop"), (3, "length")])]  # fmt: skip
+    assert rollout_metrics(rollouts, 2.0) == {
+        "rollout/tokens": 8.0,
+        "rollout/tokens_per_s": 4.0,
+        "rollout/length_mean": 2.0,
+        "rollout/truncated_rate": 0.5,
+    }
