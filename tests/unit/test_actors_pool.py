@@ -16,6 +16,9 @@ from rlhf.judging.verdicts import make_verdict
 from rlhf.records import Comparison, Verdict
 
 
+pytestmark = pytest.mark.timeout(30)
+
+
 def comparison(number: int) -> Comparison:
     return Comparison(f"u{number}", (), f"a{number}", f"b{number}")
 

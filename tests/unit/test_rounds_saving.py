@@ -10,6 +10,9 @@ from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.saving import Saver
 
 
+pytestmark = pytest.mark.timeout(30)
+
+
 @pytest.fixture(autouse=True)
 def _no_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flushing is proved in test_files; here it would only cost time on a busy disk."""
