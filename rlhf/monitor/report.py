@@ -1,10 +1,11 @@
 """`rlhf report`: one self-contained HTML page about a run."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -50,6 +51,10 @@ class Sample:
     after: str
     score_before: str
     score_after: str
+    before_title: str
+    after_title: str
+
+    COLUMNS: ClassVar[tuple[str, ...]] = ("prompt", "before", "after", "score before", "score after")
 
 
 def _page(run: RunFiles) -> dict[str, Any]:
@@ -216,16 +221,28 @@ def _round_table(run: RunFiles, rounds: dict[int, dict[str, Number]]) -> StoredT
 
 
 def side_by_side(table: StoredTable) -> list[Sample] | None:
-    """The samples of a table that has columns before and after (and maybe prompt and scores); else None."""
-    index = {column.strip().lower().replace("_", " "): i for i, column in enumerate(table.columns)}
-    if not {"before", "after"} <= index.keys() or "prompt" not in index:
+    """The samples of a table with the columns prompt, before... and after... (and maybe scores); else None.
+
+    A column may say more than its first word, as in `after (round 8)`.
+    """
+    index = {name: i for name in Sample.COLUMNS for i, column in enumerate(table.columns) if _means(column, name)}
+    if not {"prompt", "before", "after"} <= index.keys():
         return None
 
     def cell(row: list[Cell], column: str) -> str:
         return _text(row[index[column]]) if column in index else ""
 
-    names = ("prompt", "before", "after", "score before", "score after")
-    return [Sample(*(cell(row, name) for name in names)) for row in table.rows]
+    titles = [_title(table.columns[index["before"]]), _title(table.columns[index["after"]])]
+    texts = [[cell(row, name) for name in Sample.COLUMNS] + titles for row in table.rows]
+    return [Sample(*row) for row in texts]
+
+
+def _means(column: str, name: str) -> bool:
+    return re.match(rf"{name}\b", column.strip().lower().replace("_", " ")) is not None
+
+
+def _title(column: str) -> str:
+    return column.strip()[:1].upper() + column.strip()[1:]
 
 
 def _shown(table: StoredTable) -> StoredTable:

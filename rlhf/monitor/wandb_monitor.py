@@ -53,7 +53,11 @@ class WandbSink:
         self._survive(self._alert, message)
 
     def close(self, exit_code: int) -> None:
-        """Upload what is left, within the timeout; the rest stays on disk for `wandb sync`."""
+        """Upload what is left, within the timeout; the rest stays on disk for `wandb sync`.
+
+        W&B's service process may still be writing its log when this returns; W&B waits for it when Python exits.
+        `wandb.teardown()` would wait here, but would end any other W&B run of the process too.
+        """
         if self._run is not None:
             run, self._run = self._run, None
             self._survive(run.finish, exit_code=exit_code)

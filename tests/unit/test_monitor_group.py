@@ -52,8 +52,10 @@ def tensorboard(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 def wandb_records(run_dir: Path) -> Iterator[Any]:
     """The records of the offline runs, read from W&B's log file (blocks of 32 KiB as in LevelDB, 7 bytes of header)."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # finish() returns before W&B's service has written its log; this waits for it
     for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
         data, position, buffer = path.read_bytes(), 7, b""
         while position + 7 <= len(data):

@@ -13,7 +13,8 @@ from rich.console import Console
 from rlhf.config.load import validate
 from rlhf.errors import InputError
 from rlhf.monitor.group import build_monitor
-from rlhf.monitor.report import write_report
+from rlhf.monitor.report import Sample, side_by_side, write_report
+from rlhf.monitor.runfiles import StoredTable
 
 EVIL = "<script>alert('x')</script><img src=https://evil.example/x.png onerror=alert(1)>&amp;"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -105,6 +106,21 @@ def test_before_and_after_stand_side_by_side_and_other_tables_apart(tmp_path: Pa
     assert page.texts[at + 1 : at + 3] == ["score 0.25", f"b{EVIL}"]
     assert page.texts[page.texts.index("After") + 1] == "fine"
     assert "Results" in page.texts
+
+
+@pytest.mark.parametrize(
+    ("columns", "titles"),
+    [
+        (("prompt", "before (round 0)", "after (round 8)"), ("Before (round 0)", "After (round 8)")),
+        (("Prompt", "Before", "After"), ("Before", "After")),
+        (("prompt", "beforehand", "after"), None),
+        (("held-out prompts", "round 0", "round 8"), None),
+    ],
+)
+def test_columns_may_say_which_round(columns: tuple[str, ...], titles: tuple[str, str] | None) -> None:
+    samples = side_by_side(StoredTable("samples", list(columns), [["p", "b", "a"]]))
+    expected = titles and [Sample("p", "b", "a", "", "", *titles)]
+    assert samples == expected
 
 
 @pytest.mark.parametrize(("rounds", "status"), [(2, "not finished: 2 of 5 rounds"), (5, "finished: 5 of 5 rounds")])
