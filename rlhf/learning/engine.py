@@ -71,9 +71,9 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def deepspeed_config(learner: Learner, dtype: torch.dtype) -> dict[str, Any]:
     """The generated DeepSpeed config with the run's raw overrides laid over it."""
     generated: dict[str, Any] = {
-        # The boundaries of accumulation are set by hand; more than 1 only tells offloading to accumulate.
+        # Boundaries of accumulation are set by hand; ZeRO 1 in bf16 would divide gradients by a number above 1.
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 2,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": learner.optimizer.max_grad_norm,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
