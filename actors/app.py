@@ -12,15 +12,16 @@ from actors.cluster import connect
 from actors.launch import Launcher, Parts
 from actors.weights.transport import build_plane
 from rlhf.config import RunConfig
-from rlhf.data.chat import load_tokenizer
-from rlhf.data.prompts import PromptOrder, PromptSet, load_eval_prompts, load_prompts
+from rlhf.data.prompts import PromptOrder
 from rlhf.errors import RLHFError
 from rlhf.evaluation.loop import Evaluator
 from rlhf.evaluation.summary import show_summary
 from rlhf.files import rename_durable
-from rlhf.modelfiles import local_folder, tensor_shapes
+from rlhf.inputs import Inputs, check_memory, read_inputs
 from rlhf.monitor.group import MonitorGroup, build_monitor
-from rlhf.ports import Learner, WeightPlane
+from rlhf.monitor.report import write_report
+from rlhf.planning import make_plan
+from rlhf.ports import Learner
 from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.controller import System, run_rounds
 from rlhf.rounds.ledger import Ledger, RoundState
@@ -47,34 +48,33 @@ def train(config: RunConfig, fresh: bool = False) -> None:
 
     Raises `RLHFError` (its `exit_code` is the command's), `KeyboardInterrupt` on SIGINT; both after a clean save.
     """
+    inputs = read_inputs(config)
     with open_run_directory(config, fresh) as run_dir:
         monitor = build_monitor(config, run_dir)
         code = 1
         try:
+            for note in inputs.notes():
+                monitor.alert(note)
             with _one_error():
-                asyncio.run(_train(config, run_dir, monitor))
+                asyncio.run(_train(config, inputs, run_dir, monitor))
             code = 0
         finally:
             monitor.close(code)
+        print(f"report: {write_report(run_dir)}")
 
 
-async def _train(config: RunConfig, run_dir: Path, monitor: MonitorGroup) -> None:
+async def _train(config: RunConfig, inputs: Inputs, run_dir: Path, monitor: MonitorGroup) -> None:
     ledger = Ledger(run_dir)
     if ledger.state(config.rounds.count) == RoundState.PUBLISHED and (run_dir / "policy").exists():
         monitor.alert(f"{run_dir}: all {config.rounds.count} rounds are done; --fresh starts over")
         return
-    model = local_folder(config.policy.path, "policy.path")
-    shapes = tensor_shapes(model, "policy.path")
-    with monitor.progress("read prompts", None):
-        prompts, held_out = await asyncio.to_thread(_read_prompts, config, monitor)
-    payload = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    with connect(config, run_dir, object_store_bytes=4 * payload + (256 << 20)) as cluster, _stop_on_sigterm():
-        launcher = Launcher(config, cluster, str(model.resolve()), shapes)
-        probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in prompts.prompts[:PROBES]]
+    with connect(config, run_dir, 4 * inputs.model_bytes + (256 << 20)) as cluster, _stop_on_sigterm():
+        if cluster.private and cluster.device == "cpu":
+            check_memory(make_plan(config).total)
+        launcher = Launcher(config, cluster, str(inputs.model.resolve()), inputs.shapes)
+        probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in inputs.prompts.prompts[:PROBES]]
         parts = await launcher.start(probes, monitor)
-        plane = build_plane(launcher.transport, config, parts.fleet, parts.learner, shapes, _tolerance(config))
-        system = _assemble(config, run_dir, monitor, ledger, parts, plane, prompts, held_out)
-        monitor.rewind(system.checkpoints.newest(monitor.alert))
+        system = _assemble(config, run_dir, monitor, ledger, parts, launcher.transport, inputs)
         await run_rounds(system, config)
         await _export(parts.learner, run_dir, monitor)
     if system.evaluator:
@@ -87,39 +87,24 @@ def _assemble(
     monitor: MonitorGroup,
     ledger: Ledger,
     parts: Parts,
-    plane: WeightPlane,
-    prompts: PromptSet,
-    held_out: PromptSet | None,
+    transport: str,
+    inputs: Inputs,
 ) -> System:
+    tolerance = config.sync.probe_tolerance or TOLERANCE[config.policy.dtype]
+    order = PromptOrder(inputs.prompts.prompts, config.seed)
     evaluator = None
-    if held_out and config.evaluation.every:
-        evaluator = Evaluator(config, held_out.prompts, parts.fleet, parts.eval_judge, monitor, run_dir)
+    if inputs.held_out.prompts and config.evaluation.every:
+        evaluator = Evaluator(config, inputs.held_out.prompts, parts.fleet, parts.eval_judge, monitor, run_dir)
     return System(
-        source=OnlineSource(
-            config, PromptOrder(prompts.prompts, config.seed), parts.fleet, parts.judge, ledger, monitor
-        ),
+        source=OnlineSource(config, order, parts.fleet, parts.judge, ledger, monitor),
         learner=parts.learner,
-        plane=plane,
+        plane=build_plane(transport, config, parts.fleet, parts.learner, inputs.shapes, tolerance),
         fleet=parts.fleet,
         ledger=ledger,
         checkpoints=CheckpointStore(run_dir, config.checkpoint.keep),
         evaluator=evaluator,
         monitor=monitor,
     )
-
-
-def _tolerance(config: RunConfig) -> float:
-    return config.sync.probe_tolerance or TOLERANCE[config.policy.dtype]
-
-
-def _read_prompts(config: RunConfig, monitor: MonitorGroup) -> tuple[PromptSet, PromptSet | None]:
-    tokenizer = load_tokenizer(config.policy.path, trust_remote_code=config.policy.trust_remote_code, key="policy.path")
-    prompts = load_prompts(config.prompts, tokenizer)
-    held_out = load_eval_prompts(config.prompts, tokenizer) if config.prompts.eval else None
-    dropped = {reason: count for reason, count in prompts.dropped.items() if count}
-    if dropped:
-        monitor.alert("prompts left out: " + ", ".join(f"{count} {reason}" for reason, count in dropped.items()))
-    return prompts, held_out
 
 
 async def _export(learner: Learner, run_dir: Path, monitor: MonitorGroup) -> None:

@@ -1,13 +1,16 @@
 """Joining or starting Ray, and what the nodes offer."""
 
+import logging
 import os
 import shutil
+import socket
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -35,7 +38,7 @@ def connect(config: RunConfig, run_dir: Path, object_store_bytes: int) -> Iterat
     """
     namespace = f"rlhf-{config.name}-{uuid.uuid4().hex[:8]}"
     private = config.cluster.address == "local"
-    quiet = {"namespace": namespace, "log_to_driver": False, "logging_level": "error"}
+    quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
     temp_dir = _fresh_temp_dir(config, run_dir) if private else None
     try:
         if private:
@@ -49,6 +52,7 @@ def connect(config: RunConfig, run_dir: Path, object_store_bytes: int) -> Iterat
                 **quiet,
             )
         else:
+            _check_reachable(config.cluster.address)
             ray.init(address=config.cluster.address, **quiet)
     except ConnectionError as error:
         raise RLHFError(f"cluster.address = {config.cluster.address!r}: no Ray cluster there ({error})") from error
@@ -58,6 +62,20 @@ def connect(config: RunConfig, run_dir: Path, object_store_bytes: int) -> Iterat
         ray.shutdown()
         if temp_dir is not None:
             shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _check_reachable(address: str) -> None:
+    """Raise `RLHFError` within seconds if nothing listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise RLHFError(
+            f"cluster.address = {address!r}: nothing answers there ({error.strerror or error}); "
+            "start the cluster's head first, or use local"
+        ) from None
 
 
 def _fresh_temp_dir(config: RunConfig, run_dir: Path) -> str:

@@ -92,11 +92,11 @@ class Launcher:
         )
 
         environment = engine_environment(self._cluster.device, threads)
-        actor = ray.remote(max_concurrency=CONCURRENCY)(GeneratorActor)
+        actor = ray.remote(GeneratorActor)
 
         async def launch(name: str) -> Any:
             options = self._options(name, group, names.index(name), role, environment)
-            handle = actor.options(**options).remote(name, spec, self._shapes)
+            handle: Any = actor.options(**options, max_concurrency=CONCURRENCY).remote(name, spec, self._shapes)
             await within(handle.start.remote(), self._deadline, f"{name}: loading the model")
             bar.advance()
             return handle
@@ -123,12 +123,12 @@ class Launcher:
         group = await place(role, self._deadline)
         environment = engine_environment(self._cluster.device, threads) if spec else {"OMP_NUM_THREADS": str(threads)}
 
-        actor = ray.remote(max_concurrency=CONCURRENCY)(JudgeActor)
+        actor = ray.remote(JudgeActor)
 
         async def launch(index: int) -> Any:
             options = self._options(f"{name}-{index}", group, index, role, environment)
             trust = isinstance(config, PairModelJudge) and config.trust_remote_code
-            handle = actor.options(**options).remote(config, spec, trust)
+            handle: Any = actor.options(**options, max_concurrency=CONCURRENCY).remote(config, spec, trust)
             await within(handle.start.remote(), self._deadline, f"{name}-{index}: loading the judge")
             bar.advance()
             return handle

@@ -15,7 +15,7 @@ def local_folder(path: str, key: str) -> Path:
         return Path(path)
     if Path(path).exists() or path.startswith((".", "/")) or path.count("/") != 1:
         raise InputError(
-            f"{key} = {path!r}: no model there (config.json and *.safetensors); give a model's folder or a Hugging Face id"
+            f"{key} = {path!r}: no model there (config.json, *.safetensors); give a model's folder or a Hugging Face id"
         )
     from huggingface_hub import snapshot_download
 

@@ -159,6 +159,10 @@ class Monitor(Protocol):
         """Warn: shown on the console and in W&B."""
         ...
 
+    def rewind(self, round: int) -> None:
+        """Forget what was logged of later rounds: they are trained again."""
+        ...
+
     def progress(self, name: str, total: int | None) -> "Progress":
         """A progress bar for a long part; use as a context manager."""
         ...

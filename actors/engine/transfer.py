@@ -101,7 +101,8 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
-        self.model.load_weights(self._tensors())
+        model: Any = self.model
+        model.load_weights(self._tensors())
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_heads()
 

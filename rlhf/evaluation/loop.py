@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rlhf.config import RunConfig
 from rlhf.evaluation.evaluate import evaluate
+from rlhf.files import write_json
 from rlhf.ports import Generators, Judge, Monitor
 from rlhf.records import Prompt, Rollout
 from rlhf.rounds.online import sample_requests
@@ -29,15 +30,15 @@ class Evaluator:
         self._judge = judge
         self._monitor = monitor
         self._folder = run_dir / "evaluation"
-        self.results: dict[int, dict[str, float]] = {}
 
-    def due(self, round: int) -> bool:
-        """Is this round evaluated?"""
-        return round % self._config.evaluation.every == 0
+    def due(self, round: int, last: bool) -> bool:
+        """Is this round evaluated? Round 0 is the baseline of all later ones."""
+        return last or round % self._config.evaluation.every == 0
 
-    async def baseline(self) -> None:
-        """Sample and keep the round-0 responses; everything later is compared with them."""
-        await self.evaluate(0)
+    async def catch_up(self, round: int, last: bool) -> None:
+        """Evaluate the round that a start or a resume begins from, if it is due and was not evaluated to the end."""
+        if self.due(round, last) and not self._mark(round).exists():
+            await self.evaluate(round)
 
     async def evaluate(self, round: int) -> dict[str, float]:
         """Sample, judge, log an `eval` event and show samples; returns the metrics."""
@@ -47,10 +48,10 @@ class Evaluator:
         if round == 0:
             # Against itself the win rate says nothing.
             metrics = {name: value for name, value in metrics.items() if "win_rate" not in name}
-        self.results[round] = metrics
         self._monitor.log("eval", round, metrics)
         if round:
             self._show(round, rollouts, baseline)
+        write_json(self._mark(round), metrics)
         return metrics
 
     async def _sample(self, round: int) -> list[Rollout]:
@@ -64,6 +65,10 @@ class Evaluator:
         self._folder.mkdir(exist_ok=True)
         await asyncio.to_thread(write_rollouts, self._path(round), rollouts)
         return rollouts
+
+    def _mark(self, round: int) -> Path:
+        """Written last: the round has been evaluated and logged."""
+        return self._folder / f"round-{round:04d}.json"
 
     def _path(self, round: int) -> Path:
         return self._folder / f"round-{round:04d}.parquet"

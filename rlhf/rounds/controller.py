@@ -39,8 +39,8 @@ async def run_rounds(system: System, config: RunConfig) -> None:
     done = await resume(system)
     await publish(system, done)
     settle(system, done)
-    if system.evaluator and done == 0:
-        await system.evaluator.baseline()
+    if system.evaluator:
+        await system.evaluator.catch_up(done, last=done == config.rounds.count)
     queue: asyncio.Queue[SealedRound] = asyncio.Queue(maxsize=1)
     permits = asyncio.Semaphore(1 + config.rounds.lookahead)
     rounds = range(done + 1, config.rounds.count + 1)
@@ -81,15 +81,17 @@ async def train_rounds(
         clock.lap("learn")
         synced = await publish(system, round)
         clock.lap("sync")
-        last = round == config.rounds.count
-        checkpoint_s = await saver.save(round, last=last)
-        if system.evaluator and (last or system.evaluator.due(round)):
-            await system.evaluator.evaluate(round)
-        permits.release()
+        checkpoint_s = await saver.wait()
         metrics, warnings = round_metrics(system.source, statistics, sealed, synced, clock, checkpoint_s)
+        # Before the checkpoint: a kill in between trains, and logs, the round again.
         system.monitor.log("round", round, metrics)
         for warning in warnings:
             system.monitor.alert(warning)
+        last = round == config.rounds.count
+        await saver.save(round, last=last)
+        if system.evaluator and system.evaluator.due(round, last):
+            await system.evaluator.evaluate(round)
+        permits.release()
 
 
 async def publish(system: System, version: int) -> SyncReport:
@@ -111,6 +113,7 @@ def settle(system: System, done: int) -> None:
 async def resume(system: System) -> int:
     """Load the newest whole checkpoint; returns the rounds it covers. Sealed rounds after it are trained again."""
     done = system.checkpoints.newest(system.monitor.alert)
+    system.monitor.rewind(done)
     if done:
         with system.monitor.progress("load checkpoint", None):
             await system.learner.load(system.checkpoints.path(done))

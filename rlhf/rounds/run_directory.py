@@ -56,8 +56,10 @@ def _empty(path: Path) -> None:
 def _claim(path: Path, config: RunConfig) -> None:
     file = path / "config.yaml"
     resolved = config.model_dump(mode="json")
-    if file.exists():
+    if (path / "rounds" / "0001" / "manifest.json").exists():
         _check_same(file, resolved)
+    elif file.exists():
+        pass  # Nothing has been planned yet: the config may still change.
     elif any(entry.name != ".lock" for entry in path.iterdir()):
         raise InputError(f"{path}: the folder is not empty and no run directory; choose another name or output_dir")
     versions = {name: version for name in PACKAGES if (version := _version(name))}
@@ -71,7 +73,8 @@ def _check_same(file: Path, resolved: dict[str, Any]) -> None:
         raise InputError(f"{file}: the run's config is damaged; start over with --fresh or choose another name")
     before.pop("versions", None)
     old, new = _leaves(before), _leaves(resolved)
-    for key in sorted(old.keys() | new.keys()):
+    # A `type` first: its siblings differ only because it does.
+    for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.endswith(".type"), key)):
         free = any(key == name or key.startswith(name + ".") for name in FREE)
         if not free and old.get(key) != new.get(key):
             raise InputError(

@@ -26,16 +26,15 @@ class Saver:
         self._running: asyncio.Task[float] | None = None
         self._covered: list[int] = []
 
-    async def save(self, round: int, last: bool) -> float:
-        """Start a save if one is due; returns the seconds that the save before it took, 0.0 if there was none."""
-        seconds = await self._finish()
+    async def save(self, round: int, last: bool) -> None:
+        """Start a save if one is due, once the one before it has ended."""
+        await self.wait()
         self._covered.append(round)
         if last or round % self._every == 0:
             covered, self._covered = self._covered, []
             self._running = asyncio.create_task(self._write(round, covered))
             # The learner gets the call before it can get the next round's pairs.
             await asyncio.sleep(0)
-        return seconds
 
     async def __aenter__(self) -> Self:
         """Nothing to prepare."""
@@ -46,11 +45,12 @@ class Saver:
     ) -> None:
         """Wait for the save under way; after a failure its own error must not hide the first one."""
         if kind is None:
-            await self._finish()
+            await self.wait()
         elif self._running is not None:
             await asyncio.wait([self._running])
 
-    async def _finish(self) -> float:
+    async def wait(self) -> float:
+        """Wait for the save under way; returns the seconds it took, 0.0 if there was none."""
         running, self._running = self._running, None
         return await running if running else 0.0
 
