@@ -15,7 +15,6 @@ from rlhf.errors import DeadlineError, RLHFError
 from rlhf.judging.verdicts import make_verdict
 from rlhf.records import Comparison, Verdict
 
-
 pytestmark = pytest.mark.timeout(30)
 
 

@@ -142,11 +142,12 @@ class World:
         await self.point(f"serve {version}")
 
     # Evaluator
-    async def baseline(self) -> None:
-        await self.point("baseline")
+    async def catch_up(self, round: int, last: bool) -> None:
+        assert self.serving == round
+        await self.point(f"catch-up {round} {last}")
 
-    def due(self, round: int) -> bool:
-        return round % 2 == 0
+    def due(self, round: int, last: bool) -> bool:
+        return last or round % 2 == 0
 
     async def evaluate(self, round: int) -> None:
         assert self.serving == round, "an evaluation is of the version that serves"
@@ -155,6 +156,9 @@ class World:
     # Monitor
     def log(self, event: str, round: int, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.logged.append((event, round, dict(metrics)))
+
+    def rewind(self, round: int) -> None:
+        self.logged = [item for item in self.logged if item[1] <= round]
 
     def alert(self, message: str) -> None:
         self.alerts.append(message)
@@ -227,7 +231,7 @@ async def test_synchronous_rounds_in_order(tmp_path: Path) -> None:
         "serve",
     ]
     assert [kind for event in world.trace if (kind := event.split()[0]) not in ("judge", *saving)] == [
-        *("export", "publish", "serve", "baseline"),
+        *("export", "publish", "serve", "catch-up"),
         *one,
         *one,
         "evaluate",
@@ -298,18 +302,17 @@ async def test_more_rounds_go_on_from_the_last_checkpoint(lookahead: int, tmp_pa
     await run(World(), make_config(rounds__count=2, rounds__lookahead=lookahead), tmp_path, evaluated=True)
     world = World()
     await run(world, make_config(rounds__count=5, rounds__lookahead=lookahead), tmp_path, evaluated=True)
-    assert world.trace[:4] == ["load round-0002", "export 2", "publish 2", "serve 2"]
+    assert world.trace[:5] == ["load round-0002", "export 2", "publish 2", "serve 2", "catch-up 2 False"]
     assert world.trace.count("sample") == 3
     assert [event for event in world.trace if event.startswith("train")] == ["train 3", "train 4", "train 5"]
-    assert "baseline" not in world.trace
     check_finished(tmp_path, 5)
 
 
 async def test_a_finished_run_trains_nothing_again(tmp_path: Path) -> None:
     await run(World(), make_config(), tmp_path)
     world = World()
-    await run(world, make_config(), tmp_path)
-    assert world.trace == ["load round-0003", "export 3", "publish 3", "serve 3"]
+    await run(world, make_config(), tmp_path, evaluated=True)
+    assert world.trace == ["load round-0003", "export 3", "publish 3", "serve 3", "catch-up 3 True"]
 
 
 async def test_rounds_that_no_checkpoint_covers_are_replayed_from_disk(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 from rlhf.config import RunConfig
 from rlhf.errors import InputError
 from rlhf.rounds import run_directory
+from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.run_directory import open_run_directory
 
 HOLDER = """
@@ -34,6 +35,13 @@ def config(output_dir: Path, **changes: Any) -> RunConfig:
         "prompts": {"path": "p"},
     }
     return RunConfig.model_validate(base | changes)
+
+
+def planned(output_dir: Path, **changes: Any) -> Path:
+    """A run directory whose first round is planned: from here on the config is the run's."""
+    path = begin(output_dir, **changes)
+    Ledger(path).commit(1, RoundState.PLANNED, {"uids": ["u"], "cursor": 0})
+    return path
 
 
 def begin(output_dir: Path, fresh: bool = False, **changes: Any) -> Path:
@@ -66,7 +74,7 @@ def test_the_config_file_loads_as_a_config_again(tmp_path: Path) -> None:
         "learner": {"optimizer": {"lr": 1e-7, "eps": 1e-12}},
         "generator": {"engine": {"max_num_seqs": 8}},
     }
-    path = begin(tmp_path, **changes)
+    path = planned(tmp_path, **changes)
     document = yaml.safe_load((path / "config.yaml").read_text())
     del document["versions"]
     assert RunConfig.model_validate(document) == config(tmp_path, **changes)
@@ -111,7 +119,7 @@ def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
 def test_another_config_is_refused_naming_key_and_both_values(
     changes: dict[str, Any], key: str, old: str, new: str, tmp_path: Path
 ) -> None:
-    path = begin(tmp_path)
+    path = planned(tmp_path)
     before = (path / "config.yaml").read_bytes()
     message = refused(tmp_path, **changes)
     assert f"config.yaml: {key} was {old} when this run began and is {new} now" in message
@@ -135,7 +143,7 @@ def test_another_config_is_refused_naming_key_and_both_values(
     ],
 )
 def test_free_keys_may_change_and_are_written_down(changes: dict[str, Any], tmp_path: Path) -> None:
-    begin(tmp_path)
+    planned(tmp_path)
     path = begin(tmp_path, **changes)
     document = yaml.safe_load((path / "config.yaml").read_text())
     del document["versions"]
@@ -143,7 +151,7 @@ def test_free_keys_may_change_and_are_written_down(changes: dict[str, Any], tmp_
 
 
 def test_a_moved_run_goes_on(tmp_path: Path) -> None:
-    begin(tmp_path / "one")
+    planned(tmp_path / "one")
     (tmp_path / "one").rename(tmp_path / "two")
     begin(tmp_path / "two")
 
@@ -155,7 +163,7 @@ def test_the_number_of_rounds_may_not_move_under_a_schedule_that_depends_on_it(
     optimizer: dict[str, Any], tmp_path: Path
 ) -> None:
     """The learning rate is a function of the fraction of rounds: done rounds would have had another one."""
-    path = begin(tmp_path, learner={"optimizer": optimizer}, rounds={"count": 4})
+    path = planned(tmp_path, learner={"optimizer": optimizer}, rounds={"count": 4})
     before = (path / "config.yaml").read_bytes()
     message = refused(tmp_path, learner={"optimizer": optimizer}, rounds={"count": 6})
     assert "rounds.count was 4 when this run began and is 6 now" in message
@@ -213,9 +221,43 @@ def test_a_kill_while_the_first_config_is_written_blocks_nothing(fresh: bool, tm
     assert yaml.safe_load((path / "config.yaml").read_text())["name"] == "r"
 
 
+def test_until_something_depends_on_it_the_config_may_change(tmp_path: Path) -> None:
+    """The first try of a config often ends with a mistake in it; nothing of the run exists yet."""
+    begin(tmp_path)
+    path = begin(tmp_path, seed=5, policy={"path": "other"})
+    assert yaml.safe_load((path / "config.yaml").read_text())["policy"]["path"] == "other"
+
+
+def test_the_round_0_evaluation_depends_on_the_config_too(tmp_path: Path) -> None:
+    """It is made before round 1 is planned, and another policy must not be measured against it."""
+    path = begin(tmp_path)
+    (path / "evaluation").mkdir()
+    (path / "evaluation" / "round-0000.json").write_text("{}")
+    assert "policy.path was 'm'" in refused(tmp_path, policy={"path": "other"})
+
+
+def test_a_foreign_config_is_not_overwritten(tmp_path: Path) -> None:
+    """Plenty of programs keep a config.yaml."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_text("port: 80\n")
+    assert "config.yaml" in refused(tmp_path)
+    assert (tmp_path / "r" / "config.yaml").read_text() == "port: 80\n"
+
+
+def test_a_type_that_changed_is_named_before_the_fields_it_brings(tmp_path: Path) -> None:
+    planned(tmp_path)
+    assert "judge.type was 'sentiment'" in refused(tmp_path, judge={"type": "pair_model", "max_length": 512})
+
+
+def test_a_planned_run_without_its_config_is_one_line(tmp_path: Path) -> None:
+    path = planned(tmp_path)
+    (path / "config.yaml").unlink()
+    assert "config.yaml" in refused(tmp_path)
+
+
 @pytest.mark.parametrize("content", ["", "- a\n- b\n", "name: [", "name: r\nversions: {}\n", "\x00"])
 def test_a_damaged_config_is_one_line_and_fresh_gets_over_it(content: str, tmp_path: Path) -> None:
-    path = begin(tmp_path)
+    path = planned(tmp_path)
     (path / "config.yaml").write_text(content)
     assert "config.yaml" in refused(tmp_path)
     begin(tmp_path, fresh=True)

@@ -9,7 +9,6 @@ from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.saving import Saver
 
-
 pytestmark = pytest.mark.timeout(30)
 
 
@@ -58,7 +57,8 @@ async def test_a_save_runs_while_the_caller_goes_on(tmp_path: Path) -> None:
     case = Case(tmp_path, every=1)
     async with case.saver as saver:
         case.learner.gate.clear()
-        assert await saver.save(1, last=False) == 0.0
+        assert await saver.wait() == 0.0
+        await saver.save(1, last=False)
         # The learner has the call already: whatever is sent to it next comes after.
         assert case.learner.events == ["begin round-0001.tmp"]
         assert case.states(1) == ["SEALED"]
@@ -76,8 +76,12 @@ async def test_saves_run_one_at_a_time_in_order_and_report_their_seconds(tmp_pat
         await asyncio.sleep(0.02)
         assert case.learner.events == ["begin round-0001.tmp"]
         case.learner.gate.set()
-        assert 0.02 <= await second < 5
+        await second
+        assert 0.0 < await saver.wait() < 5
+        assert await saver.wait() == 0.0
         await saver.save(3, last=True)
+        await asyncio.sleep(0.02)
+        assert 0.0 < await saver.wait() < 5
     names = [f"{word} round-000{round}.tmp" for round in (1, 2, 3) for word in ("begin", "end")]
     assert case.learner.events == names
     assert case.states(3) == ["PUBLISHED"] * 3
@@ -159,7 +163,7 @@ async def test_a_failing_save_does_not_hide_the_first_error(tmp_path: Path) -> N
     assert case.states(1) == ["SEALED"]
 
 
-@pytest.mark.parametrize("waits_in", ["body", "next save", "leaving"])
+@pytest.mark.parametrize("waits_in", ["body", "next save", "wait", "leaving"])
 async def test_a_stop_waits_for_the_save_under_way(waits_in: str, tmp_path: Path) -> None:
     """SIGTERM cancels the run wherever it waits, the wait for the save itself included; the save still ends."""
     case = Case(tmp_path, every=1)
@@ -174,6 +178,8 @@ async def test_a_stop_waits_for_the_save_under_way(waits_in: str, tmp_path: Path
                 await asyncio.sleep(60)
             elif waits_in == "next save":
                 await saver.save(2, last=False)
+            elif waits_in == "wait":
+                await saver.wait()
 
     task = asyncio.create_task(body())
     await reached.wait()
