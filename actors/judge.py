@@ -10,6 +10,7 @@ import ray
 from actors.calls import within
 from rlhf.config.judge import Judge as JudgeConfig
 from rlhf.judging.build import build_judge
+from rlhf.judging.verdicts import check_complete
 from rlhf.records import Comparison, Verdict
 
 
@@ -73,7 +74,8 @@ class JudgePool:
             batch.comparisons.append(comparison)
             if len(batch.comparisons) == self._batch_size:
                 self._close(batch)
-        return [(await batch.done)[index] for batch, index in parts]
+        # Shielded: the batch is shared, and a caller that is stopped must not stop the others.
+        return [(await asyncio.shield(batch.done))[index] for batch, index in parts]
 
     async def _linger(self, batch: _Batch) -> None:
         await asyncio.sleep(self.LINGER_S)
@@ -89,9 +91,11 @@ class JudgePool:
         try:
             what = f"judge {index}: {len(batch.comparisons)} comparisons"
             verdicts = await within(self._handles[index].compare.remote(batch.comparisons), self._deadline, what)
+            check_complete(batch.comparisons, verdicts or ())
             batch.done.set_result(verdicts)
         except BaseException as error:
             batch.done.set_exception(error)
+            batch.done.exception()  # fetched once: asyncio logs an error that no caller is left to take
         finally:
             self._free.put_nowait(index)
 

