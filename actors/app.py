@@ -32,9 +32,8 @@ PROBES = 2
 PROBE_TOKENS = 64
 """Length of a probe: long enough to pass every layer and the head many times, short enough to cost milliseconds."""
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15}
-"""Largest mean |log-prob difference| of the probe. bfloat16 alone differs by about 0.05 between engines; a stale or
-missing tensor by about 1."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Largest relative log-prob difference of a probe (`actors.weights.probe`): several times what rounding gives."""
 
 
 class Stopped(RLHFError):

@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
-import numpy as np
 import ray
 
 from actors.engine.llm import Engine, EngineSpec
 from actors.engine.plugin import NCCL
 from actors.weights.nccl import NcclGroup, update_info
+from actors.weights.probe import ProbeError, probe_error
 from rlhf.errors import EngineLostError, PayloadError
 from rlhf.records import Probe, Rollout, SampleRequest, WeightManifest
 
@@ -93,18 +93,20 @@ class GeneratorActor:
         try:
             await loading
             await self._engine.resume()
-            error_found = await self._prove(manifest.probes, manifest.version) if verify else float("nan")
+            errors = await self._probe(manifest.probes, manifest.version) if verify else []
         except Exception as error:
             self._failure = f"loading version {manifest.version} failed: {_root(error)}"
             raise EngineLostError(f"{self._name}: {self._failure}") from error
-        if verify and not error_found <= tolerance:
-            self._failure = (
-                f"version {manifest.version} gives log-probs {error_found:.3g} off the learner's "
-                f"(sync.probe_tolerance allows {tolerance:.3g})"
-            )
-            raise EngineLostError(f"{self._name}: {self._failure}")
+        for error in errors:
+            # Written so that a NaN fails too.
+            if not error.relative <= tolerance:
+                self._failure = (
+                    f"version {manifest.version} gives log-probs {error.absolute:.3g} off the learner's, relative "
+                    f"{error.relative:.3g} (sync.probe_tolerance allows {tolerance:.3g})"
+                )
+                raise EngineLostError(f"{self._name}: {self._failure}")
         self._version = manifest.version
-        return error_found
+        return max((error.absolute for error in errors), default=float("nan"))
 
     async def sequence_logprobs(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:
         """The engine's log-prob of each token after the first."""
@@ -122,14 +124,11 @@ class GeneratorActor:
         if self._failure:
             raise EngineLostError(f"{self._name}: {self._failure}")
 
-    async def _prove(self, probes: tuple[Probe, ...], version: int) -> float:
+    async def _probe(self, probes: tuple[Probe, ...], version: int) -> list[ProbeError]:
         found = await asyncio.gather(
             *(self._engine.sequence_logprobs(probe.token_ids, f"probe-{version}-{i}") for i, probe in enumerate(probes))
         )
-        errors = [
-            float(np.abs(np.subtract(got, probe.logprobs)).mean()) for got, probe in zip(found, probes, strict=True)
-        ]
-        return max(errors)
+        return [probe_error(got, probe.logprobs) for got, probe in zip(found, probes, strict=True)]
 
 
 def _root(error: BaseException) -> str:

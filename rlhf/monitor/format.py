@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from rlhf.monitor.sink import Number
 
 # Reference log-probs are part of learning, and checkpoints are written meanwhile: both are left to the report.
-_PARTS = {"generate": "gen", "judge": "judge", "learn": "learn", "sync": "sync", "total": "total"}
+_PARTS = {"generate": "gen", "judge": "judge", "reference": "ref", "learn": "learn", "sync": "sync", "total": "total"}
 _INDENT = "    "
 
 

@@ -18,7 +18,7 @@ from rlhf.monitor.runfiles import RunFiles, StoredTable, read_run
 from rlhf.monitor.sink import Cell, Event, Number
 
 FILE_NAME = "report.html"
-_PARTS = ("generate", "judge", "learn", "sync")
+_PARTS = ("generate", "judge", "reference", "learn", "sync")
 _DONE = {"TRAINED", "PUBLISHED"}
 
 
