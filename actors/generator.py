@@ -97,12 +97,12 @@ class GeneratorActor:
         except Exception as error:
             self._failure = f"loading version {manifest.version} failed: {_root(error)}"
             raise EngineLostError(f"{self._name}: {self._failure}") from error
-        for error in errors:
+        for probed in errors:
             # Written so that a NaN fails too.
-            if not error.relative <= tolerance:
+            if not probed.relative <= tolerance:
                 self._failure = (
-                    f"version {manifest.version} gives log-probs {error.absolute:.3g} off the learner's, relative "
-                    f"{error.relative:.3g} (sync.probe_tolerance allows {tolerance:.3g})"
+                    f"version {manifest.version} gives log-probs {probed.absolute:.3g} off the learner's, relative "
+                    f"{probed.relative:.3g} (sync.probe_tolerance allows {tolerance:.3g})"
                 )
                 raise EngineLostError(f"{self._name}: {self._failure}")
         self._version = manifest.version
