@@ -7,12 +7,16 @@ from typing import Any
 
 import ray
 
-from actors.calls import unwrap
+from actors.calls import unwrap, within
 from rlhf.errors import DeadlineError, RLHFError
 from rlhf.records import Rollout, SampleRequest
 
 CHUNK = 4
 """Prompts a replica takes at a time: few, so that the slowest replica does not end the round late."""
+
+
+ADMIT_S = 60.0
+"""Seconds in which an engine must say which version it has proved."""
 
 
 class GeneratorFleet:
@@ -44,10 +48,14 @@ class GeneratorFleet:
 
     async def admit(self, member: str, version: int) -> None:
         """Let a member serve; it is asked which version it has proved, since only the engine can know."""
-        proved = await self._handles[member].version.remote()
+        proved = await within(self._handles[member].version.remote(), ADMIT_S, f"{member}: version")
         if proved != version:
             raise RLHFError(f"{member} cannot be admitted with version {version}: it has proved {proved}")
         self._serving[member] = version
+
+    async def suspend(self, member: str) -> None:
+        """Make a member STALE: it serves nothing until it is admitted again."""
+        self._serving.pop(member, None)
 
     async def replace(self, member: str) -> None:
         """Put a new actor in a member's place; it is STALE until admitted."""
@@ -97,3 +105,6 @@ class GeneratorFleet:
             results.put_nowait(unwrap(error))
         except ray.exceptions.RayActorError as error:
             results.put_nowait(RLHFError(f"{member} died while sampling: {str(error).splitlines()[0]}"))
+        except Exception as error:
+            # Whatever it is, the reader must hear of it now and not at the round's deadline.
+            results.put_nowait(error)

@@ -21,6 +21,7 @@ from rlhf.config import RunConfig
 from rlhf.config.judge import Judge as JudgeConfig
 from rlhf.config.judge import PairModelJudge
 from rlhf.errors import RLHFError
+from rlhf.modelfiles import local_folder
 from rlhf.ports import Monitor
 from rlhf.rounds.run_directory import cores
 
@@ -61,7 +62,7 @@ class Launcher:
         total = config.generator.replicas + judges + config.learner.world_size
         with monitor.progress("load models", total) as bar:
             async with asyncio.TaskGroup() as tasks:
-                learner = tasks.create_task(self._learner(probes, bar))
+                learner = tasks.create_task(self._learner(probes, monitor, bar))
                 fleet = tasks.create_task(self._fleet(bar))
                 judge = tasks.create_task(self._judge(config.judge, "judge", bar))
                 other = tasks.create_task(self._judge(evals, "eval-judge", bar)) if evals else judge
@@ -73,10 +74,16 @@ class Launcher:
             return asked
         return max(1, cores() // share) if self._cluster.private and not self._gpu else 4
 
+    def _reserved(self, threads: int) -> int:
+        """CPUs that an actor reserves: on a private Ray the actors take turns on the same cores."""
+        return 1 if self._cluster.private else threads
+
     async def _fleet(self, bar: Any) -> GeneratorFleet:
         config = self._config.generator
         threads = self._threads(config.cpus, config.replicas)
-        role = Role("generator", config.replicas, threads, config.tensor_parallel if self._gpu else 0, "PACK")
+        role = Role(
+            "generator", config.replicas, self._reserved(threads), config.tensor_parallel if self._gpu else 0, "PACK"
+        )
         group = await place(role, self._deadline)
         names = [f"generator-{index}" for index in range(config.replicas)]
         spec = EngineSpec(
@@ -119,7 +126,7 @@ class Launcher:
         spec = self._judge_engine(config) if isinstance(config, PairModelJudge) else None
         threads = self._threads(config.cpus, config.replicas) if spec else (config.cpus or 1)
         gpus = config.tensor_parallel if isinstance(config, PairModelJudge) and self._gpu else 0
-        role = Role(name, config.replicas, threads, gpus, "SPREAD")
+        role = Role(name, config.replicas, self._reserved(threads), gpus, "SPREAD")
         group = await place(role, self._deadline)
         environment = engine_environment(self._cluster.device, threads) if spec else {"OMP_NUM_THREADS": str(threads)}
 
@@ -138,7 +145,7 @@ class Launcher:
 
     def _judge_engine(self, config: PairModelJudge) -> EngineSpec:
         return EngineSpec(
-            model=config.path or self._model,
+            model=str(local_folder(config.path, "judge.path").resolve()) if config.path else self._model,
             dtype=config.dtype,
             max_length=config.max_length + 1,
             tensor_parallel=config.tensor_parallel,
@@ -149,10 +156,10 @@ class Launcher:
             transport=None,
         )
 
-    async def _learner(self, probes: list[tuple[int, ...]], bar: Any) -> LearnerGroup:
+    async def _learner(self, probes: list[tuple[int, ...]], monitor: Monitor, bar: Any) -> LearnerGroup:
         config = self._config.learner
         threads = self._threads(config.cpus, config.world_size)
-        role = Role("learner", config.world_size, threads, 1 if self._gpu else 0, "PACK")
+        role = Role("learner", config.world_size, self._reserved(threads), 1 if self._gpu else 0, "PACK")
         group = await place(role, self._deadline)
         environment = {"OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR"}
         actor = ray.remote(LearnerActor)
@@ -163,7 +170,8 @@ class Launcher:
             for rank in range(config.world_size)
         ]
         learner = LearnerGroup(handles, self._config.cluster.deadlines, probes)
-        await learner.start()
+        for note in await learner.start():
+            monitor.alert(note)
         bar.advance(config.world_size)
         return learner
 

@@ -41,19 +41,19 @@ class LearnerActor:
             server.bind(("", 0))
             return ray.util.get_node_ip_address(), server.getsockname()[1]
 
-    def start(self, address: str, port: int, deadline: float) -> str:
-        """Join the process group and load the model; returns the node's id."""
+    def start(self, address: str, port: int, deadline: float) -> list[str]:
+        """Join the process group and load the model; returns what a user should know of it."""
         self._learner.start(address, port, deadline)
         if self._transport == NCCL:
             # Loads vLLM, which a learner does without otherwise.
             from actors.engine.nccl import NcclSender
 
             self._sender = NcclSender(self._learner.export_tensors, self._rank, self._device)
-        return ray.get_runtime_context().get_node_id()
+        return self._learner.notes
 
     def train(self, sealed: SealedRound) -> Iterator[StepReport]:
         """Yield a report after each optimizer step; reports are the same on every rank, only rank 0 sends them."""
-        for report in self._learner.train(sealed):
+        for report in self._learner.steps(sealed):
             if self._rank == 0:
                 yield report
 
@@ -109,11 +109,11 @@ class LearnerGroup:
         self._deadlines = deadlines
         self._probes = list(probes)
 
-    async def start(self) -> None:
-        """Let the ranks meet and load their shards."""
+    async def start(self) -> list[str]:
+        """Let the ranks meet and load their shards; returns rank 0's notes for the user."""
         limit = self._deadlines.start
         address, port = await self.rendezvous()
-        await self._all("start", limit, "start", address, port, limit)
+        return (await self._all("start", limit, "start", address, port, limit))[0]
 
     async def rendezvous(self) -> tuple[str, int]:
         """An address and a free port on rank 0's node."""

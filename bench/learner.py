@@ -1,8 +1,8 @@
 """Seconds to train the sealed pairs of a round: prefix-shared against padded rows, alternating, in one process.
 
-    python bench/learner.py RUN_DIR [round] [repeats]
+    python bench/learner.py [RUN_DIR] [round] [repeats]
 
-RUN_DIR is any run directory with sealed pairs (`make quickstart` leaves runs/quickstart). The reference is included.
+RUN_DIR is any run directory with sealed pairs, runs/quickstart by default. The reference is included.
 """
 
 import json
@@ -23,8 +23,11 @@ from rlhf.rounds.sealing import read_sealed
 
 def main() -> None:
     """Measure both layouts and print their medians and the ratio."""
-    run_dir = Path(sys.argv[1])
-    number, repeats = (int(value) for value in (*sys.argv[2:], *("1", "3")[len(sys.argv) - 2 :]))
+    arguments = sys.argv[1:]
+    run_dir = Path(arguments[0] if arguments else "runs/quickstart")
+    number, repeats = (int(value) for value in (*arguments[1:], *("1", "3")[max(0, len(arguments) - 1) :]))
+    if not (run_dir / "rounds").exists():
+        raise SystemExit(f"{run_dir}: no run with sealed pairs there; `make quickstart` makes one")
     document = read_yaml(run_dir / "config.yaml")
     document.pop("versions", None)
     folder = run_dir / "rounds" / f"{number:04d}"

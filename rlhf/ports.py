@@ -102,6 +102,10 @@ class Fleet(Protocol):
         """Let a member serve `version`, which it must have proved."""
         ...
 
+    async def suspend(self, member: str) -> None:
+        """Make a member STALE: it serves nothing until it is admitted again."""
+        ...
+
 
 class Parametrisation(Protocol):
     """How trained parameters relate to the checkpoint's tensors."""

@@ -192,6 +192,16 @@ class WeightManifest:
         """Bytes of all buffers."""
         return sum(bucket.nbytes for bucket in self.buckets)
 
+    def checksums(self) -> dict[str, str]:
+        """Checksum of each tensor by name; empty strings where the transport takes none."""
+        return {spec.name: spec.checksum for bucket in self.buckets for spec in bucket.tensors}
+
+    def changed_fraction(self, before: dict[str, str]) -> float:
+        """Share of bytes in tensors whose checksum is not that of `before`; 1.0 where nothing is known."""
+        sizes = [(spec.name, spec.checksum, spec.nbytes) for bucket in self.buckets for spec in bucket.tensors]
+        changed = sum(nbytes for name, checksum, nbytes in sizes if not checksum or before.get(name) != checksum)
+        return changed / max(1, sum(nbytes for _, _, nbytes in sizes))
+
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
@@ -203,6 +213,7 @@ class SyncReport:
     served: tuple[str, ...]
     failed: dict[str, str]
     probe_error: float
+    changed_fraction: float = 1.0
 
     def timed(self, seconds: float) -> "SyncReport":
         """The same report with the seconds from the learner's call to serving."""

@@ -23,6 +23,7 @@ class Plane(ABC):
         self._tolerance = tolerance
         self._deadline = deadline
         self._lost: set[str] = set()
+        self._published: dict[str, str] = {}
 
     async def publish(self, manifest: WeightManifest, targets: Sequence[str]) -> SyncReport:
         """Deliver a version; raises `RLHFError` if no target serves it.
@@ -43,7 +44,9 @@ class Plane(ABC):
         if not served:
             raise RLHFError(f"no generator took version {manifest.version}: " + "; ".join(failed.values()))
         seconds, worst = time.monotonic() - started, max(served.values())
-        return SyncReport(manifest.version, seconds, manifest.nbytes, tuple(served), failed, worst)
+        changed = manifest.changed_fraction(self._published)
+        self._published = manifest.checksums()
+        return SyncReport(manifest.version, seconds, manifest.nbytes, tuple(served), failed, worst, changed)
 
     async def _replace(self, targets: set[str]) -> None:
         await asyncio.gather(*(self._fleet.replace(target) for target in targets))
@@ -68,6 +71,9 @@ class ObjectStorePlane(Plane):
             return await within(call, self._deadline, what)
         except (PayloadError, EngineLostError) as error:
             return error
+        except RLHFError as error:
+            # It died or did not answer in time: nobody knows what it holds.
+            return EngineLostError(str(error))
 
 
 def _lost(outcomes: Mapping[str, float | RLHFError]) -> set[str]:

@@ -45,7 +45,7 @@ class Sync(Section):
     probe_tolerance: float | None = Field(
         None,
         gt=0,
-        description="Largest mean of |log-prob difference| / max(1, |log-prob|) of a probe; null: 1e-3 in float32, "
+        description="Largest mean of |log-prob difference| / max(1, |log-prob|) of a probe; null: 1e-4 in float32, "
         "0.1 in bfloat16.",
     )
 

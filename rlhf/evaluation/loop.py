@@ -42,6 +42,9 @@ class Evaluator:
 
     async def evaluate(self, round: int) -> dict[str, float]:
         """Sample, judge, log an `eval` event and show samples; returns the metrics."""
+        if round and not self._path(0).exists():
+            self._monitor.alert(f"round {round} is not evaluated: this run began without an evaluation of round 0")
+            return {}
         rollouts = await self._sample(round)
         baseline = rollouts if round == 0 else await asyncio.to_thread(read_rollouts, self._path(0))
         metrics, _ = await evaluate(rollouts, baseline, self._prompts, self._judge, seed=self._config.seed)

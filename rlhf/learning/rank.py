@@ -3,7 +3,7 @@
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class RankLearner:
         self._peak: float | None = None
         self._step = 0
         self.rounds_done = 0
+        self.notes: list[str] = []
 
     def start(self, master_address: str, master_port: int, timeout_s: float) -> None:
         """Meet the other ranks and build policy and reference.
@@ -75,8 +76,12 @@ class RankLearner:
         self._beta = build_beta(learner.loss)
         self._steps = StepRunner(self._engine, self.setup, self._beta)
 
-    def train(self, sealed: SealedRound, progress: Callable[[int, int], None] | None = None) -> list[StepReport]:
-        """Take the round's steps; `progress(done, steps)` is called after each.
+    def train(self, sealed: SealedRound) -> list[StepReport]:
+        """Take all of the round's steps; see `steps`."""
+        return list(self.steps(sealed))
+
+    def steps(self, sealed: SealedRound) -> Iterator[StepReport]:
+        """Take the round's steps and yield a report after each; the round counts as trained once all are taken.
 
         Reports are equal on every rank. A round without pairs takes no step and counts as trained. Raises
         `RLHFError` for a round already trained or out of order, `InputError` for a pair without tokens.
@@ -89,12 +94,11 @@ class RankLearner:
         reference = self.reference.score(pairs) if pairs else torch.zeros(0, 2)
         scored = time.perf_counter()
         mismatch = Mismatch(self.rounds_done)
-        reports = self._train(sealed.round, pairs, reference, mismatch, progress)
+        yield from self._train(sealed.round, pairs, reference, mismatch)
         ended = time.perf_counter()
         self._statistics = self._summarise(pairs, scored - started, ended - scored)
         self._statistics |= mismatch.reduce(self._device) | {"pairs/dropped_long": float(dropped)}
         self.rounds_done += 1
-        return reports
 
     def statistics(self) -> dict[str, float]:
         """Round metrics of the last `train`, equal on every rank. `mismatch/*` is absent when no token qualified."""
@@ -168,11 +172,12 @@ class RankLearner:
             return False
         error = prefix_sharing_error(module, learner.max_length)
         if error > TOLERANCE and self._rank == 0:
-            warnings.warn(
+            message = (
                 f"learner.prefix_sharing: {self._config.policy.path} does not honour the mask (log-probs off by "
-                f"{error:.2g}); falling back to padded rows",
-                stacklevel=2,
+                f"{error:.2g}); falling back to padded rows"
             )
+            self.notes.append(message)
+            warnings.warn(message, stacklevel=2)
         return error <= TOLERANCE
 
     def _train(
@@ -181,21 +186,16 @@ class RankLearner:
         pairs: Sequence[Pair],
         reference: torch.Tensor,
         mismatch: Mismatch,
-        progress: Callable[[int, int], None] | None,
-    ) -> list[StepReport]:
+    ) -> Iterator[StepReport]:
         learner, rounds = self.setup.learner, self._config.rounds.count
         batches = list(step_batches(len(pairs), learner.batch_size, learner.epochs, self._config.seed, round))
-        reports = []
         for number, indices in enumerate(batches):
             lr = learning_rate(learner.optimizer, fraction_done(round, number, len(batches), rounds))
             # Only before the round's first update is the policy the version that sampled.
             first = mismatch if number == 0 else None
             metrics = self._steps.step([pairs[i] for i in indices], reference[indices], lr, first)
             self._step += 1
-            reports.append(StepReport(round, self._step, metrics))
-            if progress is not None:
-                progress(number + 1, len(batches))
-        return reports
+            yield StepReport(round, self._step, metrics)
 
     def _summarise(self, pairs: Sequence[Pair], reference_s: float, learn_s: float) -> dict[str, float]:
         """Timing and throughput; the slowest rank's seconds and the largest rank's memory."""

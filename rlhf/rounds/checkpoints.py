@@ -7,6 +7,7 @@ from pathlib import Path
 
 import xxhash
 
+from rlhf.errors import RLHFError
 from rlhf.files import rename_durable, sync_file, sync_folder, write_json
 
 MANIFEST = "manifest.json"
@@ -34,6 +35,8 @@ class CheckpointStore:
         """Hash and flush what was written, put it in place and remove checkpoints over the number kept."""
         staging = self._root / f"round-{round:04d}.tmp"
         files = sorted(path for path in staging.rglob("*") if path.is_file())
+        if not files:
+            raise RLHFError(f"{staging}: the learner wrote nothing there; output_dir must be a folder all nodes share")
         for path in files:
             sync_file(path)
         table = {
@@ -80,10 +83,6 @@ class CheckpointStore:
             if _digest(path) != digest:
                 return f"{name} is damaged (checksum)"
         return None
-
-
-def _entry(path: Path) -> dict[str, int | str]:
-    return {"bytes": path.stat().st_size, "xxh3": _digest(path)}
 
 
 def _digest(path: Path) -> str:

@@ -101,6 +101,9 @@ async def publish(system: System, version: int) -> SyncReport:
     report = await system.plane.publish(manifest, system.fleet.members())
     for member in report.served:
         await system.fleet.admit(member, version)
+    for member, reason in report.failed.items():
+        await system.fleet.suspend(member)
+        system.monitor.alert(f"{member} does not serve version {version}: {reason}")
     return report.timed(time.monotonic() - started)
 
 

@@ -42,7 +42,7 @@ def round_metrics(
     sync = {
         "sync/seconds": synced.seconds,
         "sync/bytes": float(synced.nbytes),
-        "sync/changed_fraction": 1.0,
+        "sync/changed_fraction": synced.changed_fraction,
         "sync/probe_error": synced.probe_error,
     }
     metrics |= timings | dict(statistics) | sync | staleness(sealed)

