@@ -108,6 +108,8 @@ class System:
                 stderr=stderr,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
                 cwd=ROOT,
+                # A suite that runs in the background inherits an ignored SIGINT, and so would the command.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             deadline = time.monotonic() + timeout
             try:
