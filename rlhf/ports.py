@@ -6,6 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from rlhf.config.judge import EngineJudge
 from rlhf.records import (
     Comparison,
     Prompt,
@@ -40,6 +41,26 @@ class Scorer(Protocol):
 
     async def next_logprobs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> np.ndarray:
         """Log-probs of `token_ids` as the next token of each prompt: float64 [len(prompts), len(token_ids)]."""
+        ...
+
+
+class Rewarder(Protocol):
+    """What `reward_model` needs of an engine."""
+
+    async def rewards(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The model's one logit for each tokenized conversation, before any activation: float64 [len(prompts)]."""
+        ...
+
+
+class JudgeEngines(Protocol):
+    """Starts the engines that judges ask for; `path` is a folder by then."""
+
+    def scorer(self, config: EngineJudge) -> Scorer:
+        """An engine that gives next-token log-probs."""
+        ...
+
+    def rewarder(self, config: EngineJudge) -> Rewarder:
+        """An engine that gives rewards."""
         ...
 
 

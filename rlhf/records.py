@@ -14,13 +14,15 @@ class Prompt:
     """A prompt as the policy sees it.
 
     `uid` is unique over the run: a content hash and the epoch. `text` is the rendered chat template,
-    `messages` the conversation (the last turn is the user's), `token_ids` the encoded text.
+    `messages` the conversation (the last turn is the user's), `token_ids` the encoded text, `reference` the answer that
+    a verifier compares with, where the data has one.
     """
 
     uid: str
     messages: tuple[Message, ...]
     text: str
     token_ids: tuple[int, ...]
+    reference: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class Comparison:
     b: str
     index_a: int = 0
     index_b: int = 1
+    reference: str | None = None
 
 
 class VerdictState(StrEnum):
@@ -88,7 +91,7 @@ class Verdict:
 
     `p_ab` is p(A wins) with A shown first, `p_ba` is p(A wins) with B shown first; a judge that does not see an
     order gives the same number twice. Both are NaN when invalid. `score_a` and `score_b` are set by judges that
-    score a response alone.
+    score a response alone; `truncated` says that the context was cut to fit the judge.
     """
 
     comparison: Comparison
@@ -98,6 +101,7 @@ class Verdict:
     score_a: float | None = None
     score_b: float | None = None
     reason: str = ""
+    truncated: bool = False
 
     @property
     def p(self) -> float:

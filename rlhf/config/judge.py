@@ -1,33 +1,55 @@
-"""Judges, a discriminated union by `type`, and how verdicts become pairs."""
+"""Judges, a discriminated union by `type`."""
 
+import ipaddress
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rlhf.config.base import DType, Section
 
 
-class JudgePool(Section):
-    """What every judge has: a pool of Ray actors shared by all generators."""
+class JudgeHealth(Section):
+    """When a judge is not to be trusted."""
+
+    max_flip_rate: float = Field(
+        0.5, ge=0, le=1, description="Warn when more of the valid verdicts contradict themselves."
+    )
+    max_tie_rate: float = Field(0.8, ge=0, le=1, description="Warn when more of the valid verdicts are ties.")
+    max_invalid_rate: float = Field(0.1, ge=0, le=1, description="Warn when more of the comparisons cannot be judged.")
+    max_truncated_rate: float = Field(0.1, ge=0, le=1, description="Warn when more contexts are cut to fit the judge.")
+    max_length_bias: float = Field(
+        0.5, ge=0, le=1, description="Warn when preference and length difference correlate more than this."
+    )
+    max_win_rate_gap: float = Field(
+        0.15, ge=0, le=1, description="Warn when the judge's win rate is this much above that of `eval_judge`."
+    )
+    min_valid: float = Field(
+        0.0, ge=0, le=1, description="Stop the run when a smaller share of a round's comparisons is valid."
+    )
+
+
+class BaseJudge(Section):
+    """What every judge has."""
+
+    health: JudgeHealth = Field(default_factory=lambda: JudgeHealth(), description="Thresholds of warnings.")
+
+
+class PooledJudge(BaseJudge):
+    """A judge that runs in a pool of Ray actors shared by all generators."""
 
     replicas: int = Field(1, ge=1, description="Judge actors in the pool.")
     batch_size: int = Field(64, ge=1, description="Comparisons sent to one actor at a time.")
     cpus: int | None = Field(None, ge=1, description="CPU threads of one judge actor; null picks by judge and machine.")
-
-
-class SentimentJudge(JudgePool):
-    """Prefers the response with the more positive VADER sentiment."""
-
-    type: Literal["sentiment"] = "sentiment"
-    scale: float = Field(
-        4.0, gt=0, description="p(A wins) = sigmoid(scale * (score(A) - score(B))), scores in [-1, 1]."
+    cache: bool = Field(
+        True, description="Keep verdicts by content in the run directory: the same comparison is judged once."
     )
 
 
-class PairModelJudge(JudgePool):
-    """A causal LM that answers `A` or `B` (pair-preference format), served by vLLM."""
+class EngineJudge(PooledJudge):
+    """A judge whose model is served by an engine inside the actor."""
 
-    type: Literal["pair_model"]
     path: str | None = Field(
         None, description="Hugging Face id or local folder of the judge; null takes the initial policy."
     )
@@ -36,19 +58,193 @@ class PairModelJudge(JudgePool):
         2048, ge=16, description="Longest judge prompt in tokens; a longer context is cut from the left."
     )
     tensor_parallel: int = Field(1, ge=1, description="GPUs (or CPU workers) of one judge engine.")
+    backend: Literal["vllm", "transformers"] = Field("vllm", description="Engine that serves the judge.")
     engine: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM's engine arguments as they are.")
     trust_remote_code: bool = Field(False, description="Allow model code from the checkpoint's folder to run.")
 
 
-Judge = Annotated[SentimentJudge | PairModelJudge, Field(discriminator="type")]
+class SentimentJudge(PooledJudge):
+    """Prefers the response with the more positive VADER sentiment."""
 
-
-class Pairing(Section):
-    """Which comparisons a prompt's K responses go through and which pairs come out."""
-
-    strategy: Literal["best_vs_worst", "random", "all_pairs"] = Field(
-        "best_vs_worst",
-        description="best_vs_worst: one pair a prompt; random: two responses drawn from the seed; all_pairs: every "
-        "decisive comparison.",
+    type: Literal["sentiment"] = "sentiment"
+    cache: bool = Field(False, description="Keep verdicts by content in the run directory.")
+    scale: float = Field(
+        4.0, gt=0, description="p(A wins) = sigmoid(scale * (score(A) - score(B))), scores in [-1, 1]."
     )
-    min_margin: float = Field(0.1, ge=0, lt=1, description="Pairs with |2p - 1| below this are ties and dropped.")
+
+
+class PairModelJudge(EngineJudge):
+    """A causal LM that answers `A` or `B` (pair-preference format)."""
+
+    type: Literal["pair_model"]
+
+
+class RewardModelJudge(EngineJudge):
+    """A scalar reward model (sequence classification, one label); p(A wins) by Bradley-Terry."""
+
+    type: Literal["reward_model"]
+    path: str = Field(description="Hugging Face id or local folder of the reward model.")
+    scale: float = Field(1.0, gt=0, description="p(A wins) = sigmoid(scale * (reward(A) - reward(B))).")
+
+
+class SafetyJudge(EngineJudge):
+    """A guard model that calls a response safe or unsafe in its first token; the safe one of two wins."""
+
+    type: Literal["safety"]
+    template: str | None = Field(
+        None,
+        description="User message with {conversation} and {response}, for a guard without a template of its own; null "
+        "sends the conversation and the response through the guard's chat template.",
+    )
+    safe: str = Field("safe", description="The answer that means safe.")
+    unsafe: str = Field("unsafe", description="The answer that means unsafe.")
+    threshold: float = Field(0.5, gt=0, lt=1, description="I(response) = 1 where P(safe) reaches this.")
+
+
+class Criterion(Section):
+    """One thing that an LLM judge looks at."""
+
+    name: str = Field(min_length=1, description="Short name, shown in the reasons.")
+    description: str = Field(min_length=1, description="What makes a response the better one in this respect.")
+    weight: float = Field(1.0, gt=0, description="Weight among the criteria.")
+
+
+class LLMJudge(PooledJudge):
+    """Any OpenAI-compatible endpoint."""
+
+    type: Literal["llm"]
+    base_url: str = Field(description="Endpoint, such as https://host/v1; plain http only to this machine.")
+    model: str = Field(description="Model name at the endpoint.")
+    api_key_env: str | None = Field(
+        None, description="Environment variable that holds the key; null sends none. The key is never written anywhere."
+    )
+    rubric: str | None = Field(None, description="What a better response is; null takes the built-in rubric.")
+    criteria: tuple[Criterion, ...] = Field(
+        (), description="Weighted criteria judged one by one: 2p - 1 = sum of w (2 p_c - 1) over sum of w."
+    )
+    answer: Literal["auto", "logprobs", "json"] = Field(
+        "auto",
+        description="logprobs: probabilities of the tokens A and B; json: structured output; auto takes log-probs "
+        "where the server gives them.",
+    )
+    batch_size: int = Field(256, ge=1, description="Comparisons sent to one actor at a time.")
+    concurrency: int = Field(16, ge=1, description="Requests of one judge actor under way at once.")
+    timeout_s: float = Field(60.0, gt=0, description="Seconds for one request.")
+    retries: int = Field(4, ge=0, description="Further tries of a request that fails, backing off exponentially.")
+    batch_timeout_s: float = Field(900.0, gt=0, description="Seconds for one batch; what is not judged then is invalid.")
+    max_requests: int | None = Field(None, ge=1, description="Requests of the run, tries included; null: no bound.")
+    max_total_tokens: int | None = Field(None, ge=1, description="Prompt and completion tokens of the run.")
+    max_completion_tokens: int = Field(256, ge=1, description="Longest structured answer, in tokens.")
+    seed: int | None = Field(0, description="Seed sent with each request; null sends none.")
+
+    @model_validator(mode="after")
+    def _endpoint(self) -> "LLMJudge":
+        url = urlsplit(self.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"judge.base_url {self.base_url!r}: expected https://host[:port]/path")
+        if url.username or url.password:
+            raise ValueError("judge.base_url holds a password; put the key into the variable that api_key_env names")
+        if url.scheme == "http" and not _is_this_machine(url.hostname):
+            raise ValueError(f"judge.base_url {self.base_url!r}: plain http only to this machine; use https")
+        return self
+
+
+class VerifierJudge(PooledJudge):
+    """Checks each response against the prompt's reference answer: 1 where it is right, 0 where it is not."""
+
+    type: Literal["verifier"]
+    cache: bool = Field(False, description="Keep verdicts by content in the run directory.")
+    method: Literal["gsm8k", "exact", "regex"] = Field(
+        "gsm8k",
+        description="gsm8k: the last number against the number after `####`; exact: the same text; regex: `pattern`.",
+    )
+    pattern: str | None = Field(
+        None, description="regex only: its last match's first group (or whole match) is the answer that is compared."
+    )
+    ignore_case: bool = Field(True, description="exact and regex: case does not matter.")
+
+    @model_validator(mode="after")
+    def _pattern(self) -> "VerifierJudge":
+        if (self.pattern is not None) != (self.method == "regex"):
+            raise ValueError("judge.pattern belongs to judge.method regex, and that method needs it")
+        return self
+
+
+class PythonJudge(PooledJudge):
+    """The user's own function."""
+
+    type: Literal["python"]
+    cache: bool = Field(False, description="Keep verdicts by content in the run directory.")
+    function: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:function, importable on every node."
+    )
+    kind: Literal["score", "compare"] = Field(
+        "score",
+        description="score: f(messages, response, reference, **options) -> number; compare: f(messages, a, b, "
+        "reference, **options) -> p(A wins).",
+    )
+    scale: float = Field(1.0, gt=0, description="score only: p(A wins) = sigmoid(scale * (f(A) - f(B))).")
+    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the function.")
+
+
+SingleJudge = Annotated[
+    SentimentJudge
+    | PairModelJudge
+    | RewardModelJudge
+    | LLMJudge
+    | VerifierJudge
+    | PythonJudge
+    | SafetyJudge,
+    Field(discriminator="type"),
+]
+
+
+class Member(Section):
+    """One judge of an ensemble."""
+
+    judge: SingleJudge = Field(description="The judge, in a pool of its own.")
+    weight: float = Field(1.0, gt=0, description="Its weight.")
+
+
+class EnsembleJudge(BaseJudge):
+    """Several judges on every comparison."""
+
+    type: Literal["ensemble"]
+    members: tuple[Member, ...] = Field(min_length=2, description="The judges.")
+    method: Literal["weights", "vote"] = Field(
+        "weights", description="weights: mean of the probabilities; vote: share of the members' votes, a tie half."
+    )
+    quorum: float = Field(
+        1.0, gt=0, le=1, description="Share of the weight that must be valid; below it the verdict is invalid."
+    )
+
+
+Judge = Annotated[
+    SentimentJudge
+    | PairModelJudge
+    | RewardModelJudge
+    | LLMJudge
+    | VerifierJudge
+    | PythonJudge
+    | SafetyJudge
+    | EnsembleJudge,
+    Field(discriminator="type"),
+]
+
+
+def single_judges(judge: "Judge", key: str = "judge") -> Iterator[tuple[str, PooledJudge]]:
+    """The judges behind a judge with their config keys: itself, or the members of an ensemble."""
+    if isinstance(judge, EnsembleJudge):
+        for index, member in enumerate(judge.members):
+            yield f"{key}.members.{index}.judge", member.judge
+    else:
+        yield key, judge
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -7,8 +7,9 @@ from pydantic import Field, field_validator, model_validator
 from rlhf.config.base import Reserved, Section
 from rlhf.config.data import Policy, Prompts
 from rlhf.config.generator import Generator
-from rlhf.config.judge import Judge, Pairing, SentimentJudge
+from rlhf.config.judge import Judge, SentimentJudge
 from rlhf.config.learner import Learner
+from rlhf.config.pairing import Pairing
 from rlhf.config.system import Checkpoint, Cluster, Evaluation, Monitor, Rounds, Sync
 
 

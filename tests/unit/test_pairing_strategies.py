@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.config.judge import Pairing
+from rlhf.config.pairing import Pairing
 from rlhf.config.judge import SentimentJudge as SentimentConfig
 from rlhf.errors import RLHFError
 from rlhf.judging.sentiment import SentimentJudge

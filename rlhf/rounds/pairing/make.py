@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.config.judge import Pairing
+from rlhf.config.pairing import Pairing
 from rlhf.judging.verdicts import check_complete
 from rlhf.ports import Judge
 from rlhf.records import Pair, Prompt, Rollout, Verdict, VerdictState
