@@ -67,12 +67,13 @@ async def _train(config: RunConfig, inputs: Inputs, run_dir: Path, monitor: Moni
     if ledger.state(config.rounds.count) == RoundState.PUBLISHED and (run_dir / "policy").exists():
         monitor.alert(f"{run_dir}: all {config.rounds.count} rounds are done; --fresh starts over")
         return
-    with connect(config, run_dir, 4 * inputs.model_bytes + (256 << 20)) as cluster, _stop_on_sigterm():
+    store = 4 * inputs.model_bytes + (256 << 20)
+    with connect(config.name, config.cluster, store, run_dir) as cluster, _stop_on_sigterm():
         if cluster.private and cluster.device == "cpu":
             check_memory(make_plan(config).total)
         launcher = Launcher(config, cluster, str(inputs.model.resolve()), inputs.shapes)
         probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in inputs.prompts.prompts[:PROBES]]
-        parts = await launcher.start(probes, monitor)
+        parts = await launcher.start(probes, monitor, run_dir)
         system = _assemble(config, run_dir, monitor, ledger, parts, launcher.transport, inputs)
         await run_rounds(system, config)
         await _export(parts.learner, run_dir, monitor)

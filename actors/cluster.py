@@ -14,8 +14,9 @@ from typing import Any
 
 import ray
 
-from rlhf.config import RunConfig
+from rlhf.config.system import Cluster
 from rlhf.errors import RLHFError
+from rlhf.rounds.run_directory import cores
 
 LOCAL_CPUS = 64
 """CPUs that a private local Ray announces: its actors take turns on the real cores, none may be refused for them."""
@@ -29,17 +30,29 @@ class ClusterInfo:
     device: str
     private: bool
 
+    def threads(self, asked: int | None, share: int = 1) -> int:
+        """Threads of an actor: as asked, else the local machine's cores shared among `share` actors, else 4."""
+        if asked is not None:
+            return asked
+        return max(1, cores() // share) if self.private and self.device == "cpu" else 4
+
+    def reserved(self, threads: int) -> int:
+        """CPUs that an actor reserves: on a private Ray the actors take turns on the same cores."""
+        return 1 if self.private else threads
+
 
 @contextmanager
-def connect(config: RunConfig, run_dir: Path, object_store_bytes: int) -> Iterator[ClusterInfo]:
+def connect(name: str, cluster: Cluster, object_store_bytes: int, run_dir: Path | None = None) -> Iterator[ClusterInfo]:
     """Start a private Ray or join a running one; the private one is shut down at the end.
+
+    `run_dir` remembers the private one's temporary folder, so that a process that was killed leaves none for long.
 
     Raises `RLHFError` if there is no cluster at the address.
     """
-    namespace = f"rlhf-{config.name}-{uuid.uuid4().hex[:8]}"
-    private = config.cluster.address == "local"
+    namespace = f"rlhf-{name}-{uuid.uuid4().hex[:8]}"
+    private = cluster.address == "local"
     quiet: dict[str, Any] = {"namespace": namespace, "log_to_driver": False, "logging_level": logging.ERROR}
-    temp_dir = _fresh_temp_dir(config, run_dir) if private else None
+    temp_dir = _fresh_temp_dir(cluster, run_dir) if private else None
     try:
         if private:
             # Ray runs its workers at niceness 15, which starves them beside anything else on a shared machine.
@@ -52,12 +65,12 @@ def connect(config: RunConfig, run_dir: Path, object_store_bytes: int) -> Iterat
                 **quiet,
             )
         else:
-            _check_reachable(config.cluster.address)
-            ray.init(address=config.cluster.address, **quiet)
+            _check_reachable(cluster.address)
+            ray.init(address=cluster.address, **quiet)
     except ConnectionError as error:
-        raise RLHFError(f"cluster.address = {config.cluster.address!r}: no Ray cluster there ({error})") from error
+        raise RLHFError(f"cluster.address = {cluster.address!r}: no Ray cluster there ({error})") from error
     try:
-        yield ClusterInfo(namespace, _device(config), private)
+        yield ClusterInfo(namespace, _device(cluster), private)
     finally:
         ray.shutdown()
         if temp_dir is not None:
@@ -78,23 +91,25 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _fresh_temp_dir(config: RunConfig, run_dir: Path) -> str:
+def _fresh_temp_dir(cluster: Cluster, run_dir: Path | None) -> str:
     """A new folder for Ray's sockets and logs. It is noted in the run directory, so that the folder of a process that
     was killed is removed by the next one."""
+    if run_dir is None:
+        return tempfile.mkdtemp(prefix="rlhf-", dir=cluster.temp_dir)
     note = run_dir / ".ray"
     if note.exists():
         left_over = Path(note.read_text(encoding="utf-8").strip())
         if left_over.name.startswith("rlhf-"):
             shutil.rmtree(left_over, ignore_errors=True)
-    path = tempfile.mkdtemp(prefix="rlhf-", dir=config.cluster.temp_dir)
+    path = tempfile.mkdtemp(prefix="rlhf-", dir=cluster.temp_dir)
     note.write_text(path + "\n", encoding="utf-8")
     return path
 
 
-def _device(config: RunConfig) -> str:
+def _device(cluster: Cluster) -> str:
     gpus = ray.cluster_resources().get("GPU", 0)
-    if config.cluster.device == "cuda" and not gpus:
+    if cluster.device == "cuda" and not gpus:
         raise RLHFError("cluster.device = 'cuda': no node of the cluster has a GPU; use auto or cpu")
-    if config.cluster.device == "auto":
+    if cluster.device == "auto":
         return "cuda" if gpus else "cpu"
-    return config.cluster.device
+    return cluster.device

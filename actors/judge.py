@@ -3,29 +3,70 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from actors.calls import within
-from rlhf.config.judge import Judge as JudgeConfig
+from rlhf.config.judge import EngineJudge, PooledJudge
 from rlhf.judging.build import build_judge
 from rlhf.judging.verdicts import check_complete
+from rlhf.ports import Rewarder, Scorer
 from rlhf.records import Comparison, Verdict
+
+if TYPE_CHECKING:
+    from actors.engine.llm import EngineSpec
+
+
+@dataclass(frozen=True)
+class ActorEngines:
+    """The `JudgeEngines` port: engines inside this process."""
+
+    device: str
+    seed: int
+
+    def scorer(self, config: EngineJudge) -> Scorer:
+        """vLLM, or transformers where the config says so."""
+        if config.backend == "transformers":
+            from rlhf.judging.transformers_engine import TransformersScorer
+
+            return TransformersScorer(config, self.device)
+        from actors.engine.llm import Engine
+
+        return Engine(self._spec(config))
+
+    def rewarder(self, config: EngineJudge) -> Rewarder:
+        """vLLM's pooling runner, or transformers where the config says so."""
+        if config.backend == "transformers":
+            from rlhf.judging.transformers_engine import TransformersRewarder
+
+            return TransformersRewarder(config, self.device)
+        from actors.engine.pooling import PoolingEngine
+
+        return PoolingEngine(self._spec(config))
+
+    def _spec(self, config: EngineJudge) -> "EngineSpec":
+        from actors.engine.llm import EngineSpec
+
+        assert config.path is not None
+        return EngineSpec(
+            model=config.path,
+            dtype=config.dtype,
+            max_length=config.max_length + 1,
+            tensor_parallel=config.tensor_parallel,
+            device=self.device,
+            seed=self.seed,
+            trust_remote_code=config.trust_remote_code,
+            arguments=config.engine,
+            transport=None,
+        )
 
 
 class JudgeActor:
     """One judge; a judge that needs an engine holds it in this actor."""
 
-    def __init__(self, config: JudgeConfig, engine_spec: Any | None, trust_remote_code: bool):
-        scorer = tokenizer = None
-        if engine_spec is not None:
-            from actors.engine.llm import Engine
-            from rlhf.data.chat import load_tokenizer
-
-            scorer = Engine(engine_spec)
-            tokenizer = load_tokenizer(engine_spec.model, trust_remote_code=trust_remote_code, key="judge.path")
-        self._judge = build_judge(config, scorer=scorer, tokenizer=tokenizer)
+    def __init__(self, config: PooledJudge, device: str, seed: int):
+        self._judge = build_judge(config, ActorEngines(device, seed))
 
     async def start(self) -> str:
         """The node's id once the judge is ready."""

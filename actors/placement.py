@@ -57,8 +57,16 @@ def check_fits(role: Role, nodes: list[dict[str, Any]]) -> None:
         )
 
 
-def scheduling(group: PlacementGroup, index: int) -> PlacementGroupSchedulingStrategy:
-    """Ray's scheduling strategy for actor `index` of a placed role."""
-    return PlacementGroupSchedulingStrategy(
-        group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
-    )
+def actor_options(
+    name: str, group: PlacementGroup, index: int, role: Role, environment: dict[str, str]
+) -> dict[str, Any]:
+    """Ray's options of the named actor that takes place `index` of a role."""
+    return {
+        "name": name,
+        "num_cpus": role.cpus,
+        "num_gpus": role.gpus,
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(
+            group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
+        ),
+        "runtime_env": {"env_vars": environment},
+    }

@@ -1,18 +1,22 @@
 """What a run reads before anything is written or started: a bad input leaves no trace."""
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import psutil
 
 from rlhf.config import RunConfig
-from rlhf.config.judge import PairModelJudge
+from rlhf.config.judge import EngineJudge, Judge, PooledJudge, single_judges, with_path
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.prompts import PromptSet, load_eval_prompts, load_prompts
 from rlhf.errors import InputError, RLHFError
-from rlhf.judging.pair_prompt import PairPrompt
+from rlhf.judging.build import build_judge
 from rlhf.modelfiles import local_folder, tensor_shapes
+from rlhf.ports import Rewarder, Scorer
 
 CONTEXT_KEYS = "prompts.max_tokens + generator.sampling.max_tokens"
 
@@ -43,9 +47,8 @@ def read_inputs(config: RunConfig) -> Inputs:
     shapes = tensor_shapes(model, "policy.path")
     tokenizer = load_tokenizer(str(model), trust_remote_code=config.policy.trust_remote_code, key="policy.path")
     _check_context(model, config.prompts.max_tokens + config.generator.sampling.max_tokens, CONTEXT_KEYS)
-    for key, judge in (("judge", config.judge), ("eval_judge", config.eval_judge)):
-        if isinstance(judge, PairModelJudge):
-            _check_pair_model(judge, model, key)
+    judges = {"judge": config.judge} | ({"eval_judge": config.eval_judge} if config.eval_judge else {})
+    check_judges({key: with_path(judge, str(model)) for key, judge in judges.items()})
     return Inputs(
         model=model,
         shapes=shapes,
@@ -54,14 +57,47 @@ def read_inputs(config: RunConfig) -> Inputs:
     )
 
 
-def _check_pair_model(judge: PairModelJudge, policy: Path, key: str) -> None:
-    """The judge's files, its two answer tokens, its template and its context; raises `InputError`."""
-    folder = local_folder(judge.path, f"{key}.path") if judge.path else policy
-    tensor_shapes(folder, f"{key}.path")
-    PairPrompt(
-        load_tokenizer(str(folder), trust_remote_code=judge.trust_remote_code, key=f"{key}.path"), judge.max_length
-    )
-    _check_context(folder, judge.max_length + 1, f"{key}.max_length + 1")
+def check_judges(judges: Mapping[str, Judge]) -> None:
+    """Check the judges by config key, whose paths are set: models, tokenizers, answer tokens, keys, functions.
+
+    Raises `InputError` for the first thing that is missing or unusable.
+    """
+    for top, judge in judges.items():
+        for key, single in single_judges(judge, top):
+            with naming(key):
+                _check_judge(single)
+
+
+def _check_judge(judge: PooledJudge) -> None:
+    if isinstance(judge, EngineJudge):
+        assert judge.path is not None
+        folder = local_folder(judge.path, "judge.path")
+        tensor_shapes(folder, "judge.path")
+        _check_context(folder, judge.max_length + 1, "judge.max_length + 1")
+        judge = judge.model_copy(update={"path": str(folder)})
+    # Judges check themselves when they are built; the engines behind them are not needed for that.
+    build_judge(judge, _NoEngines())
+
+
+class _NoEngines:
+    """Stands where engines will be; nothing may be asked of it."""
+
+    def scorer(self, config: EngineJudge) -> Scorer:
+        return cast(Scorer, self)
+
+    def rewarder(self, config: EngineJudge) -> Rewarder:
+        return cast(Rewarder, self)
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Judges call their own keys `judge.*`; a complaint gets the key under which the config has them."""
+    try:
+        yield
+    except InputError as error:
+        if key == "judge":
+            raise
+        raise InputError(str(error).replace("judge.", f"{key}.")) from error
 
 
 def _check_context(folder: Path, tokens: int, keys: str) -> None:

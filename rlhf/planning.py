@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.config import RunConfig
 from rlhf.config.data import PromptFormat, Prompts
-from rlhf.config.judge import Judge, PairModelJudge
+from rlhf.config.judge import EngineJudge, PooledJudge, single_judges
 from rlhf.data.formats import resolve_format
 from rlhf.data.rows import load_rows
 from rlhf.errors import InputError
@@ -92,7 +92,7 @@ def make_plan(config: RunConfig) -> Plan:
     """The placement and memory plan; raises `InputError` if a model cannot be read."""
     device, private = _device(config), config.cluster.address == "local"
     size = model_size(config.policy.path, "policy.path")
-    judges = {"judge": config.judge} | ({"eval-judge": config.eval_judge} if config.eval_judge else {})
+    judges = _single_judges(config)
     roles = [_generator(config, size, device), *(_judge(name, config, judge, device) for name, judge in judges.items())]
     roles.append(RolePlan("learner", config.learner.world_size, _threads(config, device, config.learner.cpus,
                           config.learner.world_size), int(device == "cuda"), learner_memory(config, size)))  # fmt: skip
@@ -199,8 +199,8 @@ def check_inputs(config: RunConfig) -> list[str]:
     """
     notes = []
     models = {"policy.path": config.policy.path}
-    for name, judge in (("judge", config.judge), ("eval_judge", config.eval_judge)):
-        if isinstance(judge, PairModelJudge) and judge.path:
+    for name, judge in _single_judges(config).items():
+        if isinstance(judge, EngineJudge) and judge.path:
             models[f"{name}.path"] = judge.path
     for key, path in models.items():
         folder = find_model(path, key)
@@ -254,15 +254,21 @@ def _generator(config: RunConfig, size: ModelSize, device: str) -> RolePlan:
     return RolePlan("generator", generator.replicas, threads, gpus, memory)
 
 
-def _judge(name: str, config: RunConfig, judge: Judge, device: str) -> RolePlan:
-    if not isinstance(judge, PairModelJudge):
+def _judge(name: str, config: RunConfig, judge: PooledJudge, device: str) -> RolePlan:
+    if not isinstance(judge, EngineJudge):
         return RolePlan(name, judge.replicas, judge.cpus or 1, 0, {"runtime": RUNTIME["judge"]})
-    size = model_size(judge.path or config.policy.path, f"{name.replace('-', '_')}.path")
+    size = model_size(judge.path or config.policy.path, f"{name}.path")
     memory = engine_memory(
         size, judge.dtype, judge.max_length + 1, judge.tensor_parallel, judge.engine, device, staged=False
     )
     threads = _threads(config, device, judge.cpus, judge.replicas)
     return RolePlan(name, judge.replicas, threads, judge.tensor_parallel if device == "cuda" else 0, memory)
+
+
+def _single_judges(config: RunConfig) -> dict[str, PooledJudge]:
+    """Every pool of judges by its config key."""
+    tops = {"judge": config.judge} | ({"eval_judge": config.eval_judge} if config.eval_judge else {})
+    return {key: judge for name, top in tops.items() for key, judge in single_judges(top, name)}
 
 
 def _threads(config: RunConfig, device: str, asked: int | None, share: int) -> int:

@@ -1,6 +1,7 @@
 """The config of a run. Importing this package loads neither torch, ray, vllm nor deepspeed."""
 
-from rlhf.config.load import load_config
+from rlhf.config.judging import JudgeRun, JudgeTraining
+from rlhf.config.load import load_config, load_judge_config, load_judge_training
 from rlhf.config.run import RunConfig
 
-__all__ = ["RunConfig", "load_config"]
+__all__ = ["JudgeRun", "JudgeTraining", "RunConfig", "load_config", "load_judge_config", "load_judge_training"]

@@ -131,7 +131,9 @@ class LLMJudge(PooledJudge):
     concurrency: int = Field(16, ge=1, description="Requests of one judge actor under way at once.")
     timeout_s: float = Field(60.0, gt=0, description="Seconds for one request.")
     retries: int = Field(4, ge=0, description="Further tries of a request that fails, backing off exponentially.")
-    batch_timeout_s: float = Field(900.0, gt=0, description="Seconds for one batch; what is not judged then is invalid.")
+    batch_timeout_s: float = Field(
+        900.0, gt=0, description="Seconds for a batch; what is not judged by then is invalid."
+    )
     max_requests: int | None = Field(None, ge=1, description="Requests of the run, tries included; null: no bound.")
     max_total_tokens: int | None = Field(None, ge=1, description="Prompt and completion tokens of the run.")
     max_completion_tokens: int = Field(256, ge=1, description="Longest structured answer, in tokens.")
@@ -188,13 +190,7 @@ class PythonJudge(PooledJudge):
 
 
 SingleJudge = Annotated[
-    SentimentJudge
-    | PairModelJudge
-    | RewardModelJudge
-    | LLMJudge
-    | VerifierJudge
-    | PythonJudge
-    | SafetyJudge,
+    SentimentJudge | PairModelJudge | RewardModelJudge | LLMJudge | VerifierJudge | PythonJudge | SafetyJudge,
     Field(discriminator="type"),
 ]
 
@@ -239,6 +235,16 @@ def single_judges(judge: "Judge", key: str = "judge") -> Iterator[tuple[str, Poo
             yield f"{key}.members.{index}.judge", member.judge
     else:
         yield key, judge
+
+
+def with_path(judge: "Judge", path: str) -> "Judge":
+    """The judge with `path` wherever an engine judge names none."""
+    if isinstance(judge, EnsembleJudge):
+        members = tuple(member.model_copy(update={"judge": with_path(member.judge, path)}) for member in judge.members)
+        return judge.model_copy(update={"members": members})
+    if isinstance(judge, EngineJudge) and judge.path is None:
+        return judge.model_copy(update={"path": path})
+    return judge
 
 
 def _is_this_machine(host: str) -> bool:

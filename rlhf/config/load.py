@@ -3,15 +3,19 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from rlhf.config.explain import explain
+from rlhf.config.judge import with_path
+from rlhf.config.judging import JudgeRun, JudgeTraining
 from rlhf.config.run import RunConfig
 from rlhf.config.yamlfile import parse_yaml, read_yaml
 from rlhf.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -23,6 +27,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises `InputError` naming file, key, value and what was expected.
     """
     return validate(apply_overrides(read_yaml(path), overrides, str(path)), str(path))
+
+
+def load_judge_config(path: str | Path, overrides: Sequence[str] = ()) -> JudgeRun:
+    """The judge of a YAML file that has a `judge` section; of a run's config, its judge, seed and cluster are taken.
+
+    Raises `InputError` as `load_config` does.
+    """
+    source = str(path)
+    data = apply_overrides(read_yaml(path), overrides, source)
+    if "policy" in data:
+        run: RunConfig = validate(data, source)
+        # A judge without a path takes the policy, in a run and here.
+        return JudgeRun(name=run.name, seed=run.seed, judge=with_path(run.judge, run.policy.path), cluster=run.cluster)
+    return validate(data, source, JudgeRun)
+
+
+def load_judge_training(path: str | Path, overrides: Sequence[str] = ()) -> JudgeTraining:
+    """The config of `rlhf judge train`; raises `InputError` as `load_config` does."""
+    return validate(apply_overrides(read_yaml(path), overrides, str(path)), str(path), JudgeTraining)
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
@@ -44,12 +67,12 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str], source: str)
     return result
 
 
-def validate(data: dict[str, Any], source: str) -> RunConfig:
+def validate(data: dict[str, Any], source: str, model: type[Model] = RunConfig) -> Model:  # type: ignore[assignment]
     """Validate a mapping; raises `InputError` with one line for the first problem and a count of the others."""
     try:
-        return RunConfig.model_validate(data)
+        return model.model_validate(data)
     except ValidationError as error:
-        raise InputError(explain(error, data, source, RunConfig)) from error
+        raise InputError(explain(error, data, source, model)) from error
 
 
 def _parse(item: str, source: str) -> tuple[list[str], Any]:

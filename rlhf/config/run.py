@@ -1,7 +1,5 @@
 """The whole config: one YAML file describes a run."""
 
-import re
-
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.base import Reserved, Section
@@ -9,6 +7,7 @@ from rlhf.config.data import Policy, Prompts
 from rlhf.config.generator import Generator
 from rlhf.config.judge import Judge, SentimentJudge
 from rlhf.config.learner import Learner
+from rlhf.config.names import folder_name
 from rlhf.config.pairing import Pairing
 from rlhf.config.system import Checkpoint, Cluster, Evaluation, Monitor, Rounds, Sync
 
@@ -40,9 +39,7 @@ class RunConfig(Section):
     @field_validator("name")
     @classmethod
     def _folder_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
-            raise ValueError("expected 1 to 64 letters, digits, '.', '_' or '-', starting with a letter or digit")
-        return value
+        return folder_name(value)
 
     @model_validator(mode="after")
     def _combinations(self) -> "RunConfig":

@@ -20,7 +20,8 @@ OURS = {".lock", ".ray", "config.yaml.tmp"}
 """What a process may leave that was killed before it could claim the folder; `.ray` names its temporary folder."""
 
 FREE = ("output_dir", "rounds.count", "evaluation", "monitor", "checkpoint", "cluster", "sync", "generator.replicas",
-        "generator.cpus", "judge.replicas", "judge.batch_size", "judge.cpus", "learner.cpus", "eval_judge")  # fmt: skip
+        "generator.cpus", "judge.replicas", "judge.batch_size", "judge.cpus", "judge.cache", "judge.health", "learner.cpus",
+        "eval_judge")  # fmt: skip
 """Keys that may change between start and resume: they do not touch what has been planned, sealed or trained."""
 
 

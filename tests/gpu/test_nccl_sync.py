@@ -83,7 +83,7 @@ async def publish_and_compare(parts: Parts, plane: WeightPlane, version: int) ->
 async def scenario(folder: Path, device: str, transport: str) -> None:
     config = run_config(folder, device, transport)
     shapes = tensor_shapes(Path(config.policy.path), "policy.path")
-    with connect(config, folder, 256 << 20) as cluster:
+    with connect(config.name, config.cluster, 256 << 20, folder) as cluster:
         launcher = Launcher(config, cluster, config.policy.path, shapes)
         assert launcher.transport == transport
         parts = await launcher.start([PROBE], build_monitor(config, folder))

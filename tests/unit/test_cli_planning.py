@@ -104,7 +104,7 @@ def test_a_plan_counts_every_actor(tmp_path: Path) -> None:
     assert {name: (role.actors, role.gpus) for name, role in roles.items()} == {
         "generator": (3, 2),
         "judge": (1, 1),
-        "eval-judge": (1, 0),
+        "eval_judge": (1, 0),
         "learner": (2, 1),
     }
     assert plan.object_store == 4 * 2 * count + (256 << 20)

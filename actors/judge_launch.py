@@ -1,0 +1,80 @@
+"""Starts judges: a pool of actors each, an ensemble over several pools."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from rlhf.judging.cache import CachedJudge, judge_identity
+from rlhf.judging.ensemble import EnsembleJudge as Ensemble
+
+from actors.calls import within
+from actors.cluster import ClusterInfo
+from actors.engine.llm import engine_environment
+from actors.judge import JudgeActor, JudgePool
+from actors.placement import Role, actor_options, place
+from rlhf.config.judge import EngineJudge, EnsembleJudge, PooledJudge
+from rlhf.config.judge import Judge as JudgeConfig
+from rlhf.config.system import Cluster
+from rlhf.modelfiles import local_folder
+from rlhf.ports import Judge
+
+CONCURRENCY = 10_000
+"""Calls an async actor takes at once; the pool bounds what runs."""
+
+
+class JudgeLauncher:
+    """Places and starts judges on one cluster; verdict caches go to `run_dir`, none without one."""
+
+    def __init__(
+        self, cluster: ClusterInfo, options: Cluster, seed: int, run_dir: Path | None, alert: Callable[[str], None]
+    ):
+        self._cluster = cluster
+        self._deadlines = options.deadlines
+        self._seed = seed
+        self._run_dir = run_dir
+        self._alert = alert
+
+    async def start(self, config: JudgeConfig, name: str, advance: Callable[[], None]) -> Judge:
+        """The judge behind its port; `name` is its actors' prefix, `advance` is called as each actor is ready."""
+        if not isinstance(config, EnsembleJudge):
+            return await self._pool(config, name, advance)
+        members = await asyncio.gather(
+            *(self._pool(member.judge, f"{name}-{index}", advance) for index, member in enumerate(config.members))
+        )
+        weights = [member.weight for member in config.members]
+        return Ensemble(list(zip(members, weights, strict=True)), config.method, config.quorum)
+
+    async def _pool(self, config: PooledJudge, name: str, advance: Callable[[], None]) -> Judge:
+        if isinstance(config, EngineJudge):
+            assert config.path is not None
+            config = config.model_copy(update={"path": str(local_folder(config.path, "judge.path").resolve())})
+        role, environment = self._role(config, name)
+        group = await place(role, self._deadlines.start)
+        actor = ray.remote(JudgeActor)
+
+        async def launch(index: int) -> Any:
+            options = actor_options(f"{name}-{index}", group, index, role, environment)
+            handle: Any = actor.options(**options, max_concurrency=CONCURRENCY).remote(
+                config, self._cluster.device, self._seed
+            )
+            await within(handle.start.remote(), self._deadlines.start, f"{name}-{index}: loading the judge")
+            advance()
+            return handle
+
+        handles = await asyncio.gather(*(launch(index) for index in range(config.replicas)))
+        pool = JudgePool(handles, config.batch_size, self._deadlines.judge)
+        if self._run_dir is None or not config.cache:
+            return pool
+        return CachedJudge(pool, self._run_dir / "verdicts" / f"{name}.sqlite", judge_identity(config), self._alert)
+
+    def _role(self, config: PooledJudge, name: str) -> tuple[Role, dict[str, str]]:
+        if not isinstance(config, EngineJudge):
+            threads = config.cpus or 1
+            role = Role(name, config.replicas, self._cluster.reserved(threads), 0, "SPREAD")
+            return role, {"OMP_NUM_THREADS": str(threads)}
+        threads = self._cluster.threads(config.cpus, config.replicas)
+        gpus = config.tensor_parallel if self._cluster.device == "cuda" else 0
+        role = Role(name, config.replicas, self._cluster.reserved(threads), gpus, "SPREAD")
+        return role, engine_environment(self._cluster.device, threads)
