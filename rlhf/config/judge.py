@@ -118,9 +118,15 @@ class LLMJudge(PooledJudge):
     api_key_env: str | None = Field(
         None, description="Environment variable that holds the key; null sends none. The key is never written anywhere."
     )
-    rubric: str | None = Field(None, description="What a better response is; null takes the built-in rubric.")
+    rubric: str | None = Field(
+        None,
+        min_length=1,
+        description="What a better response is; null takes the built-in rubric. With criteria: their background.",
+    )
     criteria: tuple[Criterion, ...] = Field(
-        (), description="Weighted criteria judged one by one: 2p - 1 = sum of w (2 p_c - 1) over sum of w."
+        (),
+        description="Weighted criteria judged one by one: 2p - 1 = sum of w (2 p_c - 1) over sum of w. With log-probs "
+        "each takes requests of its own.",
     )
     answer: Literal["auto", "logprobs", "json"] = Field(
         "auto",
@@ -134,10 +140,23 @@ class LLMJudge(PooledJudge):
     batch_timeout_s: float = Field(
         900.0, gt=0, description="Seconds for a batch; what is not judged by then is invalid."
     )
-    max_requests: int | None = Field(None, ge=1, description="Requests of the run, tries included; null: no bound.")
-    max_total_tokens: int | None = Field(None, ge=1, description="Prompt and completion tokens of the run.")
+    max_requests: int | None = Field(
+        None,
+        ge=1,
+        description="Requests, tries included, divided equally among the replicas and counted from the start of the "
+        "command; beyond it verdicts are invalid. null: no bound.",
+    )
+    max_total_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Prompt and completion tokens as the server reports them, divided and counted like "
+        "`max_requests`; what is under way when it is reached still ends.",
+    )
     max_completion_tokens: int = Field(256, ge=1, description="Longest structured answer, in tokens.")
     seed: int | None = Field(0, description="Seed sent with each request; null sends none.")
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict, description="Further fields of each request, as they are; never a key."
+    )
 
     @model_validator(mode="after")
     def _endpoint(self) -> "LLMJudge":
@@ -146,8 +165,21 @@ class LLMJudge(PooledJudge):
             raise ValueError(f"judge.base_url {self.base_url!r}: expected https://host[:port]/path")
         if url.username or url.password:
             raise ValueError("judge.base_url holds a password; put the key into the variable that api_key_env names")
+        if url.query or url.fragment:
+            raise ValueError("judge.base_url holds a query; end it at the path, such as https://host/v1")
         if url.scheme == "http" and not _is_this_machine(url.hostname):
             raise ValueError(f"judge.base_url {self.base_url!r}: plain http only to this machine; use https")
+        return self
+
+    @model_validator(mode="after")
+    def _shares(self) -> "LLMJudge":
+        for key in ("max_requests", "max_total_tokens"):
+            bound = getattr(self, key)
+            if bound is not None and bound < self.replicas:
+                raise ValueError(f"judge.{key} {bound} is less than one for each of {self.replicas} judge.replicas")
+        names = [criterion.name for criterion in self.criteria]
+        if len(set(names)) < len(names):
+            raise ValueError(f"judge.criteria: two criteria have the same name in {names}")
         return self
 
 
