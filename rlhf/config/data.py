@@ -34,6 +34,9 @@ class EvalPrompts(Section):
     format: PromptFormat | None = Field(
         None, description="Format of the rows; null: as `prompts` for the same path, else auto."
     )
+    reference: str | None = Field(
+        None, description="Column of the reference answer; null: as `prompts` for the same path, else none."
+    )
 
 
 class Prompts(Section):
@@ -47,6 +50,9 @@ class Prompts(Section):
         "auto",
         description="How a row becomes a prompt; auto decides by the column's type, hh_rlhf takes the dialogue up to "
         "the last assistant turn.",
+    )
+    reference: str | None = Field(
+        None, description="Column of the answer that a verifier compares responses with; null: the prompts have none."
     )
     max_tokens: int = Field(
         256, ge=1, description="Prompts longer than this after the chat template are dropped and counted."

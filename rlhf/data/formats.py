@@ -61,6 +61,28 @@ def resolve_format(
     )
 
 
+def references(
+    rows: Sequence[Mapping[str, Any]], *, column: str | None, key: str = "prompts", path: str = ""
+) -> Iterator[str | None]:
+    """The reference answer of each row in order, as text; None where the row has none, or `column` is None.
+
+    Raises `InputError`, before the first row, where the column is missing or holds no text and no numbers.
+    """
+    if column is not None:
+        where, data = f"{key}.reference = {column}", path or "the data"
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        if column not in columns:
+            raise InputError(f"{where}: {data} has no column {column!r}; its columns: {', '.join(columns)}")
+        value = _first(rows, column)
+        if value is not None and not isinstance(value, (str, int, float)):
+            raise InputError(f"{where}: {data} holds {type(value).__name__} values there; expected text or numbers")
+    return (_reference(row.get(column)) if column is not None else None for row in rows)
+
+
+def _reference(value: Any) -> str | None:
+    return str(value) if isinstance(value, (str, int, float)) else None
+
+
 def parse_dialogue(text: str) -> Conversation | None:
     """The turns of a `\\n\\nHuman: ...\\n\\nAssistant: ...` dialogue, stripped; None where text precedes the first."""
     text = text.replace("\r\n", "\n")

@@ -11,7 +11,7 @@ import numpy as np
 
 from rlhf.config.data import Prompts
 from rlhf.data.chat import encode_prompt
-from rlhf.data.formats import Conversation, conversations
+from rlhf.data.formats import Conversation, conversations, references
 from rlhf.data.rows import load_rows
 from rlhf.errors import InputError
 from rlhf.records import Message, Prompt
@@ -41,7 +41,8 @@ def load_prompts(config: Prompts, tokenizer: "PreTrainedTokenizerBase") -> Promp
     held_out = load_eval_prompts(config, tokenizer).prompts if config.eval else ()
     rows = load_rows(config.path, split=config.split, name=config.name)
     found = conversations(rows, column=config.column, format=config.format, path=config.path)
-    usable = _Usable(found, config, tokenizer, frozenset(prompt.uid for prompt in held_out))
+    answers = references(rows, column=config.reference, path=config.path)
+    usable = _Usable(zip(found, answers, strict=True), config, tokenizer, frozenset(prompt.uid for prompt in held_out))
     return _non_empty(PromptSet(tuple(usable), usable.dropped), len(rows), f"prompts.path = {config.path}")
 
 
@@ -63,7 +64,8 @@ def load_eval_prompts(config: Prompts, tokenizer: "PreTrainedTokenizerBase") -> 
         key="prompts.eval",
         path=eval_.path,
     )
-    usable = _Usable(found, config, tokenizer, frozenset())
+    answers = references(rows, column=eval_.reference or source.reference, key="prompts.eval", path=eval_.path)
+    usable = _Usable(zip(found, answers, strict=True), config, tokenizer, frozenset())
     prompts = tuple(islice(usable, eval_.count))
     return _non_empty(PromptSet(prompts, usable.dropped), len(rows), f"prompts.eval.path = {eval_.path}")
 
@@ -73,7 +75,7 @@ class _Usable:
 
     def __init__(
         self,
-        found: Iterator[Conversation | None],
+        found: Iterator[tuple[Conversation | None, str | None]],
         config: Prompts,
         tokenizer: "PreTrainedTokenizerBase",
         held_out: frozenset[str],
@@ -83,14 +85,14 @@ class _Usable:
 
     def __iter__(self) -> Iterator[Prompt]:
         seen: set[str] = set()
-        for messages in self._found:
-            prompt = self._prompt(messages, seen)
+        for messages, reference in self._found:
+            prompt = self._prompt(messages, reference, seen)
             if isinstance(prompt, str):
                 self.dropped[prompt] += 1
             else:
                 yield prompt
 
-    def _prompt(self, messages: Conversation | None, seen: set[str]) -> Prompt | str:
+    def _prompt(self, messages: Conversation | None, reference: str | None, seen: set[str]) -> Prompt | str:
         """The prompt, or the reason why there is none."""
         if messages is None:
             return "malformed"
@@ -107,7 +109,7 @@ class _Usable:
         text, token_ids = encode_prompt(self._tokenizer, messages)
         if len(token_ids) > self._config.max_tokens:
             return "too_long"
-        return Prompt(uid=uid, messages=messages, text=text, token_ids=token_ids)
+        return Prompt(uid=uid, messages=messages, text=text, token_ids=token_ids, reference=reference)
 
 
 def content_hash(messages: Sequence[Message]) -> str:
