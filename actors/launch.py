@@ -14,7 +14,8 @@ from actors.engine.llm import EngineSpec, engine_environment
 from actors.fleet import GeneratorFleet
 from actors.generator import GeneratorActor
 from actors.judge_launch import JudgeLauncher
-from actors.learner import LearnerActor, LearnerGroup
+from actors.learner import LearnerGroup
+from actors.learner_launch import start_learner
 from actors.placement import Role, actor_options, place
 from actors.weights.transport import pick_transport
 from rlhf.config import RunConfig
@@ -59,7 +60,12 @@ class Launcher:
         total = config.generator.replicas + actors + config.learner.world_size
         with monitor.progress("load models", total) as bar:
             async with asyncio.TaskGroup() as tasks:
-                learner = tasks.create_task(self._learner(probes, monitor, bar))
+                learner = tasks.create_task(
+                    start_learner(
+                        config, self._cluster, config.cluster.deadlines, monitor, bar.advance,
+                        transport=self.transport, bucket_mb=config.sync.bucket_mb, probes=probes,
+                    )
+                )  # fmt: skip
                 fleet = tasks.create_task(self._fleet(bar))
                 launcher = JudgeLauncher(self._cluster, config.cluster, config.seed, run_dir, monitor.alert)
                 started = [
@@ -115,22 +121,3 @@ class Launcher:
         handles = await asyncio.gather(*(launch(name) for name in names))
         sequences = int(config.engine.get("max_num_seqs", 128 if self._cluster.device == "cpu" else 256))
         return GeneratorFleet(dict(zip(names, handles, strict=True)), config.sampling.model_dump(), sequences, restart)
-
-    async def _learner(self, probes: list[tuple[int, ...]], monitor: Monitor, bar: Any) -> LearnerGroup:
-        config = self._config.learner
-        threads = self._cluster.threads(config.cpus, config.world_size)
-        role = Role("learner", config.world_size, self._cluster.reserved(threads), 1 if self._gpu else 0, "PACK")
-        group = await place(role, self._deadline)
-        environment = {"OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR"}
-        actor = ray.remote(LearnerActor)
-        handles = [
-            actor.options(**actor_options(f"learner-{rank}", group, rank, role, environment)).remote(
-                self._config, rank, config.world_size, self._cluster.device, self.transport
-            )
-            for rank in range(config.world_size)
-        ]
-        learner = LearnerGroup(handles, self._config.cluster.deadlines, probes)
-        for note in await learner.start():
-            monitor.alert(note)
-        bar.advance(config.world_size)
-        return learner

@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 
 from actors.calls import all_within, unwrap, within
 from actors.engine.plugin import NCCL
 from actors.weights.nccl import NcclGroup
 from actors.weights.payload import pack
-from rlhf.config import RunConfig
 from rlhf.config.system import Deadlines
 from rlhf.errors import DeadlineError, RLHFError
+from rlhf.learning.job import LearnerJob
 from rlhf.learning.rank import RankLearner
-from rlhf.records import Probe, SealedRound, StepReport, WeightManifest
+from rlhf.records import Pair, Probe, SealedRound, StepReport, WeightManifest
 
 GRACE_S = 30.0
 """What the driver waits beyond a rank's own deadline for it to break off an NCCL transfer."""
@@ -25,13 +26,13 @@ GRACE_S = 30.0
 class LearnerActor:
     """One DeepSpeed rank. Calls run one after the other, in the order in which they were made."""
 
-    def __init__(self, config: RunConfig, rank: int, world_size: int, device: str, transport: str):
+    def __init__(self, config: LearnerJob, rank: int, world_size: int, device: str, transport: str, bucket_bytes: int):
         self._rank = rank
         self._device = device
         self._transport = transport
         self._sender: Any = None
         self._learner = RankLearner(config, rank, world_size, device)
-        self._bucket_bytes = config.sync.bucket_mb << 20
+        self._bucket_bytes = bucket_bytes
 
     def rendezvous(self) -> tuple[str, int]:
         """An address and a free port on this node, for the ranks to meet at."""
@@ -60,6 +61,10 @@ class LearnerActor:
     def statistics(self) -> dict[str, float]:
         """Round metrics of the last `train`."""
         return self._learner.statistics()
+
+    def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Summed log-probs of `pairs`, float64 [n, 2]."""
+        return self._learner.score(pairs).double().numpy()
 
     def save(self, path: Path) -> None:
         """Write this rank's part of a checkpoint."""
@@ -149,6 +154,11 @@ class LearnerGroup:
     async def statistics(self) -> dict[str, float]:
         """Round metrics of the last `train`."""
         return await within(self._handles[0].statistics.remote(), self._deadlines.learn, "learner 0: statistics")
+
+    async def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Summed log-probs of `pairs` under the policy: float64 [n, 2]."""
+        found = await self._all("score", self._deadlines.learn, f"scoring {len(pairs)} pairs", tuple(pairs))
+        return found[0]
 
     async def save(self, path: Path) -> None:
         """Write a checkpoint into `path`."""

@@ -9,7 +9,7 @@ import numpy as np
 from rlhf.config.judge import EngineJudge
 from rlhf.records import (
     Comparison,
-    Prompt,
+    Pair,
     Rollout,
     SampleRequest,
     SealedRound,
@@ -65,14 +65,30 @@ class JudgeEngines(Protocol):
 
 
 class PairSource(Protocol):
-    """Where a round's pairs come from."""
-
-    def plan(self, round: int) -> list[Prompt]:
-        """The prompts of a round: the same ones whenever it is asked."""
-        ...
+    """Where a round's pairs come from: sampled and judged, or a preference set."""
 
     async def streams(self, round: int) -> Mapping[str, SealedRound]:
-        """The round's weighted pair streams, sealed on disk."""
+        """The round's pair streams by name, planned and sealed on disk; the same ones whenever it is asked."""
+        ...
+
+    def metrics(self, round: int) -> tuple[dict[str, float], list[str]]:
+        """Metrics and warnings of how a sealed round's pairs came about."""
+        ...
+
+
+class RoundEvaluator(Protocol):
+    """Measures the policy between rounds."""
+
+    def due(self, round: int, last: bool) -> bool:
+        """Is this round evaluated?"""
+        ...
+
+    async def catch_up(self, round: int, last: bool) -> None:
+        """Evaluate the round that a start or a resume begins from, if it is due and was not evaluated to the end."""
+        ...
+
+    async def evaluate(self, round: int) -> dict[str, float]:
+        """Measure, log an `eval` event; returns the metrics."""
         ...
 
 
@@ -85,6 +101,10 @@ class Learner(Protocol):
 
     async def statistics(self) -> dict[str, float]:
         """Round metrics of the last `train`: timing_s/{reference,learn}, perf/*, mismatch/*, pairs/dropped_long."""
+        ...
+
+    async def score(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """Summed log-probs of `pairs` under the policy: float64 [n, 2], chosen then rejected."""
         ...
 
     async def save(self, path: Path) -> None:

@@ -138,11 +138,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class SealedRound:
-    """The pairs of a round as read back from disk, with the digest they were sealed under."""
+    """The pairs of a round as read back from disk, with the digest they were sealed under.
+
+    `ordered` says that they are to be trained as they come; otherwise the learner shuffles them.
+    """
 
     round: int
     pairs: tuple[Pair, ...]
     digest: str
+    ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from rlhf.config.learner import Learner, Loss, Optimizer
 from rlhf.config.names import folder_name
 from rlhf.config.system import Checkpoint, Cluster, Monitor
 
-PreferenceFormat = Literal["auto", "explicit", "implicit", "hh_rlhf"]
+PreferenceFormat = Literal["auto", "explicit", "implicit", "hh_rlhf", "labelled"]
 
 
 class JudgeRun(Section):
@@ -32,7 +32,7 @@ class PreferenceData(Section):
     format: PreferenceFormat = Field(
         "auto",
         description="explicit: prompt, chosen, rejected; implicit: chosen and rejected share their first turns; "
-        "hh_rlhf: whole dialogues; auto decides by the columns.",
+        "hh_rlhf: whole dialogues; labelled: prompt, a, b and the label a, b or tie; auto decides by the columns.",
     )
     limit: int | None = Field(None, ge=1, description="Use the first pairs only.")
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,23 +18,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True, slots=True)
+class _Orders:
+    """Token ids with A first and with B first."""
+
+    ids: list[list[int]]
+    truncated: bool
+
+
 class PairModelJudge:
     """Both orders of each comparison, one forward pass each; P is a softmax over the tokens `A` and `B` only.
 
-    `truncated` counts the comparisons whose context was cut from the left to fit `max_length`.
+    A verdict is `truncated` where the context was cut from the left to fit `max_length`.
     """
 
     def __init__(self, config: PairModelConfig, scorer: Scorer, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises `InputError` if the judge cannot carry the format: see `PairPrompt`."""
         self.prompt = PairPrompt(tokenizer, config.max_length)
-        self.truncated = 0
         self._scorer = scorer
         self._max_length = config.max_length
 
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """One verdict a comparison, in order; all prompts (two a comparison) reach the scorer in one call."""
         encoded = [self._encode(comparison) for comparison in comparisons]
-        prompts = [ids for orders in encoded if not isinstance(orders, str) for ids in orders]
+        prompts = [ids for orders in encoded if not isinstance(orders, str) for ids in orders.ids]
         first_wins = iter(await self._first_wins(prompts))
         verdicts = []
         for comparison, orders in zip(comparisons, encoded, strict=True):
@@ -41,21 +49,21 @@ class PairModelJudge:
                 verdicts.append(invalid_verdict(comparison, orders))
             else:
                 p_ab, p_first_is_b = next(first_wins), next(first_wins)
-                verdicts.append(make_verdict(comparison, p_ab, 1.0 - p_first_is_b))
+                verdict = make_verdict(comparison, p_ab, 1.0 - p_first_is_b)
+                verdicts.append(replace(verdict, truncated=orders.truncated))
         return verdicts
 
-    def _encode(self, comparison: Comparison) -> list[list[int]] | str:
+    def _encode(self, comparison: Comparison) -> "_Orders | str":
         """Token ids of both orders, or why the comparison cannot be judged."""
         if token := self.prompt.control_token(comparison):
             return f"a text spells out the judge's control token {token!r}"
         orders = self.prompt.encode_orders(comparison, format_context(comparison.messages))
         if self.prompt.fits(orders):
-            return orders
+            return _Orders(orders, truncated=False)
         cut = self.prompt.truncate(comparison)
         if cut is None:
             return f"the responses alone are longer than judge.max_length={self._max_length} tokens"
-        self.truncated += 1
-        return cut
+        return _Orders(cut, truncated=True)
 
     async def _first_wins(self, prompts: list[list[int]]) -> list[float]:
         """p(the response shown first wins) of each prompt; NaN where the scorer has no number."""

@@ -78,6 +78,9 @@ def shared_batch(pairs: Sequence[Pair], dtype: torch.dtype = torch.float32) -> B
         last = start + prompt - 1
         targets.add([last, *range(last + 1, last + 1 + chosen)], pair.chosen_ids)
         targets.add([last, *range(last + 1 + chosen, last + 1 + chosen + rejected)], pair.rejected_ids)
+    if all(chosen == 0 or rejected == 0 for _, chosen, rejected in spans):
+        # One response is a single token, which is no input: nothing is hidden, and plain causal attention is faster.
+        return targets.batch(input_ids, None, None)
     mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
     return targets.batch(input_ids, position_ids, mask)
 

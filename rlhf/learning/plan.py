@@ -22,13 +22,16 @@ def drop_long(pairs: Sequence[Pair], max_length: int) -> tuple[list[Pair], int]:
     return kept, len(pairs) - len(kept)
 
 
-def step_batches(count: int, batch_size: int, epochs: int, seed: int, round: int) -> Iterator[list[int]]:
+def step_batches(count: int, batch_size: int, epochs: int, seed: int | None, round: int) -> Iterator[list[int]]:
     """Indices of each optimizer step of a round; the last step of an epoch may be smaller.
 
     The order is a permutation drawn from (seed, round, epoch) alone, so a replayed round takes the same steps.
+    Without a seed the pairs are taken as they come.
     """
     for epoch in range(epochs):
-        order = np.random.default_rng([seed, round, epoch]).permutation(count).tolist()
+        order = list(range(count))
+        if seed is not None:
+            order = np.random.default_rng([seed, round, epoch]).permutation(count).tolist()
         for start in range(0, count, batch_size):
             yield order[start : start + batch_size]
 

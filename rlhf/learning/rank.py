@@ -10,17 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rlhf.config import RunConfig
 from rlhf.errors import RLHFError
 from rlhf.learning.batch import causal_batch
 from rlhf.learning.beta import build_beta
 from rlhf.learning.engine import TrainEngine, join
 from rlhf.learning.flops import FlopCount, peak_flops
+from rlhf.learning.job import LearnerJob
+from rlhf.learning.losses import REFERENCE_FREE
 from rlhf.learning.mask_probe import TOLERANCE, prefix_sharing_error
 from rlhf.learning.parametrisation import Full
 from rlhf.learning.plan import drop_long, step_batches
 from rlhf.learning.policy import PolicyModule, load_model
-from rlhf.learning.reference import InitialReference, ReferencePolicy
+from rlhf.learning.reference import InitialReference, NoReference, ReferencePolicy, score_pairs
 from rlhf.learning.rng import restore_rng, rng_state, seed_all
 from rlhf.learning.schedule import fraction_done, learning_rate
 from rlhf.learning.setup import Setup
@@ -37,7 +38,7 @@ class RankLearner:
     setup: Setup
     reference: ReferencePolicy
 
-    def __init__(self, config: RunConfig, rank: int, world_size: int, device: str) -> None:
+    def __init__(self, config: LearnerJob, rank: int, world_size: int, device: str) -> None:
         """`device` is "cpu" or "cuda" (the process's one visible GPU)."""
         self._config = config
         self._rank = rank
@@ -70,7 +71,8 @@ class RankLearner:
             module.to(self._device)
         dtype = module.dtype
         self.setup = Setup(learner, self._rank, self._world_size, self._device, dtype, self._prefix_sharing(module))
-        self.reference = InitialReference(module, self.setup)
+        free = learner.loss.type in REFERENCE_FREE
+        self.reference = NoReference(self._device) if free else InitialReference(module, self.setup)
         trainable = list(self._parametrisation.trainable(module))
         self._engine = TrainEngine(module, trainable, learner, dtype, self._device)
         self._beta = build_beta(learner.loss)
@@ -94,7 +96,7 @@ class RankLearner:
         reference = self.reference.score(pairs) if pairs else torch.zeros(0, 2)
         scored = time.perf_counter()
         mismatch = Mismatch(self.rounds_done)
-        yield from self._train(sealed.round, pairs, reference, mismatch)
+        yield from self._train(sealed, pairs, reference, mismatch)
         ended = time.perf_counter()
         self._statistics = self._summarise(pairs, scored - started, ended - scored)
         self._statistics |= mismatch.reduce(self._device) | {"pairs/dropped_long": float(dropped)}
@@ -103,6 +105,13 @@ class RankLearner:
     def statistics(self) -> dict[str, float]:
         """Round metrics of the last `train`, equal on every rank. `mismatch/*` is absent when no token qualified."""
         return dict(self._statistics)
+
+    def score(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """Summed log-probs of `pairs` under the policy, float32 [n, 2] on the CPU, chosen then rejected."""
+        if not pairs:
+            return torch.zeros(0, 2)
+        with self._engine.evaluating():
+            return score_pairs(self._engine, pairs, self.setup).cpu()
 
     def probe(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
         """Log-prob of each token after the first, by an ordinary causal forward pass."""
@@ -182,13 +191,14 @@ class RankLearner:
 
     def _train(
         self,
-        round: int,
+        sealed: SealedRound,
         pairs: Sequence[Pair],
         reference: torch.Tensor,
         mismatch: Mismatch,
     ) -> Iterator[StepReport]:
-        learner, rounds = self.setup.learner, self._config.rounds.count
-        batches = list(step_batches(len(pairs), learner.batch_size, learner.epochs, self._config.seed, round))
+        learner, rounds, round = self.setup.learner, self._config.rounds.count, sealed.round
+        seed = None if sealed.ordered else self._config.seed
+        batches = list(step_batches(len(pairs), learner.batch_size, learner.epochs, seed, round))
         for number, indices in enumerate(batches):
             lr = learning_rate(learner.optimizer, fraction_done(round, number, len(batches), rounds))
             # Only before the round's first update is the policy the version that sampled.
@@ -218,7 +228,8 @@ class RankLearner:
                 dist.all_reduce(peak)
                 self._peak = peak.item()
             epochs, seconds = self.setup.learner.epochs, reference_s + learn_s
-            passes = 1 + 3 * epochs  # the reference's forward; forward and backward of each epoch
+            free = self.setup.learner.loss.type in REFERENCE_FREE
+            passes = (0 if free else 1) + 3 * epochs  # the reference's forward; forward and backward of each epoch
             tokens = sum(self.setup.cost(pair) for pair in pairs) * epochs
             result["perf/learner_tokens_per_s"] = tokens / seconds
             result["perf/mfu"] = passes * self._flops.forward(pairs) / seconds / self._peak

@@ -36,6 +36,17 @@ class InitialReference:
         return score_pairs(self._forward, pairs, self._setup)
 
 
+class NoReference:
+    """For losses without a reference: log-probs of 0."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+
+    def score(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """float32 [n, 2] of zeros."""
+        return torch.zeros(len(pairs), 2, device=self._device)
+
+
 @torch.no_grad()
 def score_pairs(forward: Callable[[Batch], torch.Tensor], pairs: Sequence[Pair], setup: Setup) -> torch.Tensor:
     """Summed log-probs of `pairs` under `forward`, float32 [n, 2]: each rank scores its share, then they are joined."""

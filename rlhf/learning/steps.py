@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from rlhf.learning.batch import Batch, build_batch
 from rlhf.learning.engine import TrainEngine
-from rlhf.learning.losses import preference_loss
+from rlhf.learning.losses import REFERENCE_FREE, preference_loss
 from rlhf.learning.plan import plan_micro_batches
 from rlhf.learning.setup import Setup
 from rlhf.ports import BetaController
@@ -146,4 +146,6 @@ class StepRunner:
             "kl/mean": mean["kl"],
             "loss/beta": beta,
         }
+        if self.setup.learner.loss.type in REFERENCE_FREE:
+            del metrics["kl/mean"]  # there is nothing that the policy could have moved away from
         return {name: value for name, value in metrics.items() if math.isfinite(value)}

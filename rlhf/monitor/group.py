@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from rlhf.config import RunConfig
 from rlhf.monitor.console import ConsoleSink, Part
 from rlhf.monitor.jsonl import JsonlSink, read_records, to_event
+from rlhf.monitor.monitored import Monitored
 from rlhf.monitor.sink import Event, Sink, clean_metrics, clean_rows, clean_text
 from rlhf.monitor.tensorboard import TensorBoardSink
 
@@ -71,13 +71,13 @@ class MonitorGroup:
             sink.close(exit_code)
 
 
-def build_monitor(config: RunConfig, run_dir: Path, console: Console | None = None) -> MonitorGroup:
-    """The sinks that `config.monitor` asks for, writing to `run_dir`.
+def build_monitor(config: Monitored, run_dir: Path, rounds: int, console: Console | None = None) -> MonitorGroup:
+    """The sinks that `config.monitor` asks for, writing to `run_dir`; `rounds` is how many there will be.
 
     Without `console`, output goes to stdout. Raises `InputError` if W&B is asked for and cannot start, or if
     metrics.jsonl is damaged; then nothing has been opened.
     """
-    screen = ConsoleSink(console or Console(), config.rounds.count)
+    screen = ConsoleSink(console or Console(), rounds)
     for record in read_records(run_dir / "metrics.jsonl"):
         screen.remember(to_event(record))
     others: list[Sink] = []

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import RunConfig
 from rlhf.errors import InputError
 from rlhf.files import write_atomic
+from rlhf.monitor.monitored import Monitored
 from rlhf.monitor.redact import redact
 from rlhf.monitor.sink import Cell, Event
 
@@ -25,7 +25,7 @@ class WandbSink:
     `warn` is told, once, when W&B stops taking data; the run goes on. Raises `InputError` if W&B cannot start.
     """
 
-    def __init__(self, config: RunConfig, run_dir: Path, warn: Callable[[str], None], *, timeout: float = 60.0) -> None:
+    def __init__(self, config: Monitored, run_dir: Path, warn: Callable[[str], None], *, timeout: float = 60.0) -> None:
         self._warn = warn
         self._broken = False
         self._defined: set[str] = set()
@@ -90,7 +90,7 @@ class WandbSink:
             self._warn(f"W&B stopped taking data ({_one_line(error)}); the run goes on, metrics.jsonl has everything")
 
 
-def _start(config: RunConfig, run_dir: Path, timeout: float) -> Any:
+def _start(config: Monitored, run_dir: Path, timeout: float) -> Any:
     import wandb
 
     section = config.monitor.wandb

@@ -8,33 +8,52 @@ runs at most `lookahead` rounds ahead of training.
 import asyncio
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
-from rlhf.config import RunConfig
-from rlhf.evaluation.loop import Evaluator
-from rlhf.ports import Fleet, Learner, Monitor, WeightPlane
+from rlhf.config.learner import Learner as LearnerConfig
+from rlhf.config.system import Checkpoint, Rounds
+from rlhf.ports import Fleet, Learner, Monitor, PairSource, RoundEvaluator, WeightPlane
 from rlhf.records import SealedRound, SyncReport
 from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.ledger import Ledger
 from rlhf.rounds.metrics import RoundClock, round_metrics
-from rlhf.rounds.online import OnlineSource
 from rlhf.rounds.saving import Saver, commit_trained
+
+
+class LoopConfig(Protocol):
+    """What the loop reads of a config."""
+
+    @property
+    def rounds(self) -> Rounds:
+        """Their number and the lookahead."""
+        ...
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """How often one is written."""
+        ...
+
+    @property
+    def learner(self) -> LearnerConfig:
+        """Its epochs, for the progress bar."""
+        ...
 
 
 @dataclass(frozen=True)
 class System:
     """The parts of a run, behind their ports."""
 
-    source: OnlineSource
+    source: PairSource
     learner: Learner
     plane: WeightPlane
     fleet: Fleet
     ledger: Ledger
     checkpoints: CheckpointStore
-    evaluator: Evaluator | None
+    evaluator: RoundEvaluator | None
     monitor: Monitor
 
 
-async def run_rounds(system: System, config: RunConfig) -> None:
+async def run_rounds(system: System, config: LoopConfig) -> None:
     """Run every round that is not done yet, from the newest whole checkpoint on."""
     done = await resume(system)
     await publish(system, done)
@@ -57,12 +76,14 @@ async def sample_rounds(
     for round in rounds:
         await permits.acquire()
         streams = await system.source.streams(round)
-        await queue.put(streams["online"])
+        # One stream so far; a second one's loss is to be added in each micro-step.
+        (sealed,) = streams.values()
+        await queue.put(sealed)
 
 
 async def train_rounds(
     system: System,
-    config: RunConfig,
+    config: LoopConfig,
     rounds: range,
     queue: "asyncio.Queue[SealedRound]",
     permits: asyncio.Semaphore,
@@ -97,6 +118,8 @@ async def train_rounds(
 async def publish(system: System, version: int) -> SyncReport:
     """Bring the learner's weights to every generator as `version` and admit those that proved it."""
     started = time.monotonic()
+    if not system.fleet.members():  # an offline run has none
+        return SyncReport(version, 0.0, 0, (), {}, 0.0)
     manifest = await system.learner.manifest(version)
     report = await system.plane.publish(manifest, system.fleet.members())
     for member in report.served:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.config import RunConfig
+from rlhf.config import JudgeTraining, RunConfig
 from rlhf.errors import InputError
 from rlhf.files import write_atomic
 
@@ -20,13 +20,13 @@ OURS = {".lock", ".ray", "config.yaml.tmp"}
 """What a process may leave that was killed before it could claim the folder; `.ray` names its temporary folder."""
 
 FREE = ("output_dir", "rounds.count", "evaluation", "monitor", "checkpoint", "cluster", "sync", "generator.replicas",
-        "generator.cpus", "judge.replicas", "judge.batch_size", "judge.cpus", "judge.cache", "judge.health", "learner.cpus",
-        "eval_judge")  # fmt: skip
+        "generator.cpus", "judge.replicas", "judge.batch_size", "judge.cpus", "judge.cache", "judge.health",
+        "learner.cpus", "eval_judge")  # fmt: skip
 """Keys that may change between start and resume: they do not touch what has been planned, sealed or trained."""
 
 
 @contextmanager
-def open_run_directory(config: RunConfig, fresh: bool) -> Iterator[Path]:
+def open_run_directory(config: RunConfig | JudgeTraining, fresh: bool) -> Iterator[Path]:
     """The run's folder, locked; made if new, emptied if `fresh`.
 
     Raises `InputError` if another process works in it, if it belongs to another config, or if it cannot be written.
@@ -57,7 +57,7 @@ def _empty(path: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _claim(path: Path, config: RunConfig) -> None:
+def _claim(path: Path, config: RunConfig | JudgeTraining) -> None:
     file = path / "config.yaml"
     resolved = config.model_dump(mode="json")
     # The round-0 evaluation comes before the first plan, and depends on the config as the plan does.
@@ -97,7 +97,7 @@ def _check_same(file: Path, before: dict[str, Any], resolved: dict[str, Any]) ->
                 "change it back, choose another name, or start over with --fresh"
             )
     schedule, warmup = new["learner.optimizer.schedule"], new["learner.optimizer.warmup_ratio"]
-    if old.get("rounds.count") != new["rounds.count"] and (schedule != "constant" or warmup):
+    if old.get("rounds.count") != new.get("rounds.count") and (schedule != "constant" or warmup):
         raise InputError(
             f"{file}: rounds.count was {old.get('rounds.count')} when this run began and is {new['rounds.count']} now; "
             f"it may change with a constant schedule and no warm-up only ({schedule}, warmup_ratio {warmup} here)"

@@ -86,7 +86,7 @@ async def scenario(folder: Path, device: str, transport: str) -> None:
     with connect(config.name, config.cluster, 256 << 20, folder) as cluster:
         launcher = Launcher(config, cluster, config.policy.path, shapes)
         assert launcher.transport == transport
-        parts = await launcher.start([PROBE], build_monitor(config, folder))
+        parts = await launcher.start([PROBE], build_monitor(config, folder, 1), folder)
         plane = build_plane(transport, config, parts.fleet, parts.learner, shapes, TOLERANCE)
         before = await publish_and_compare(parts, plane, 0)
         assert [report.round async for report in parts.learner.train(a_round())] == [1]

@@ -14,6 +14,7 @@ from rlhf import cli
 from rlhf.errors import InputError, RLHFError
 
 QUICKSTART = "configs/quickstart.yaml"
+JUDGES = "'sentiment', 'pair_model', 'reward_model', 'llm', 'verifier', 'python', 'safety', 'ensemble'"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,7 +71,7 @@ def test_a_bad_config_is_one_line_on_stderr_and_exit_2() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == (
-        "rlhf: configs/quickstart.yaml: judge.type = 'pm': expected one of 'sentiment', 'pair_model'\n"
+        f"rlhf: configs/quickstart.yaml: judge.type = 'pm': expected one of {JUDGES}\n"
     )
 
 

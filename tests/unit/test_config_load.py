@@ -11,6 +11,7 @@ from rlhf.config.load import apply_overrides, validate
 from rlhf.errors import InputError
 
 BASE: dict[str, Any] = {"name": "x", "policy": {"path": "p"}, "prompts": {"path": "q"}}
+JUDGES = "'sentiment', 'pair_model', 'reward_model', 'llm', 'verifier', 'python', 'safety', 'ensemble'"
 
 
 def refusal(extra: dict[str, Any]) -> str:
@@ -48,12 +49,18 @@ def test_quickstart_is_what_the_design_says() -> None:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"judge": {"type": "pm"}}, "c.yaml: judge.type = 'pm': expected one of 'sentiment', 'pair_model'"),
+        (
+            {"judge": {"type": "pm"}},
+            f"c.yaml: judge.type = 'pm': expected one of {JUDGES}",
+        ),
         (
             {"judge": {"scale": 2}},
-            "c.yaml: judge.type: required key is missing; expected one of 'sentiment', 'pair_model'",
+            f"c.yaml: judge.type: required key is missing; expected one of {JUDGES}",
         ),
-        ({"eval_judge": {"type": 1}}, "c.yaml: eval_judge.type = '1': expected one of 'sentiment', 'pair_model'"),
+        (
+            {"eval_judge": {"type": 1}},
+            f"c.yaml: eval_judge.type = '1': expected one of {JUDGES}",
+        ),
         ({"judge": 3}, "c.yaml: judge = 3: expected a mapping of keys"),
         ({"learner": [1]}, "c.yaml: learner = [1]: expected a mapping of keys"),
         (

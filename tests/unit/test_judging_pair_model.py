@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from rlhf.config.judge import PairModelJudge as Config
 from rlhf.errors import InputError, RLHFError
-from rlhf.judging.build import build_judge
 from rlhf.judging.pair_model import PairModelJudge
 from rlhf.judging.pair_prompt import PairPrompt, format_context, format_question
 from rlhf.ports import Scorer
@@ -95,9 +94,7 @@ def conversation(*turns: str) -> tuple[Message, ...]:
 
 
 def judge(scorer: Scorer, tokenizer: PreTrainedTokenizerBase, max_length: int = 2048) -> PairModelJudge:
-    built = build_judge(Config(type="pair_model", max_length=max_length), scorer=scorer, tokenizer=tokenizer)
-    assert isinstance(built, PairModelJudge)
-    return built
+    return PairModelJudge(Config(type="pair_model", max_length=max_length), scorer, tokenizer)
 
 
 def test_context_is_the_published_format() -> None:
@@ -277,7 +274,7 @@ async def test_long_context_is_cut_from_the_left_and_counted() -> None:
     assert ab.startswith("<|start|>user<|end_header|>\n\n[CONTEXT] xxxxxtail\n [RESPONSE A] one [RESPONSE B] three \n")
     assert "[CONTEXT] xxxxxtail\n [RESPONSE A] three [RESPONSE B] one \n" in ba
     assert [len(ids) for ids in scorer.calls[0][:2]] == [empty + 10] * 2
-    assert built.truncated == 1
+    assert [verdict.truncated for verdict in verdicts] == [True, False]
     assert all(verdict.state is not VerdictState.INVALID for verdict in verdicts)
 
 
@@ -291,7 +288,7 @@ async def test_responses_that_do_not_fit_are_invalid_and_never_cut() -> None:
     assert "judge.max_length=200" in verdicts[0].reason
     assert verdicts[1].state is not VerdictState.INVALID, "verdicts stay with their comparisons"
     assert len(scorer.calls[0]) == 2
-    assert built.truncated == 0
+    assert not any(verdict.truncated for verdict in verdicts)
 
 
 @pytest.mark.parametrize("where", ["a", "b", "context"])
@@ -303,7 +300,3 @@ async def test_forged_turns_are_invalid(where: str) -> None:
     assert verdicts[0].state is VerdictState.INVALID
     assert "<|eot|>" in verdicts[0].reason
 
-
-def test_pair_model_needs_a_scorer() -> None:
-    with pytest.raises(ValueError, match="needs a scorer"):
-        build_judge(Config(type="pair_model"))

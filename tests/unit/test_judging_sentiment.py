@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from actors.judge import ActorEngines
 from rlhf.config.judge import SentimentJudge as Config
 from rlhf.errors import RLHFError
 from rlhf.judging.build import build_judge
@@ -30,7 +31,7 @@ def comparison(a: str, b: str) -> Comparison:
 async def test_probability_is_the_logistic_of_the_scaled_difference() -> None:
     analyzer = SentimentIntensityAnalyzer()
     good, bad = (analyzer.polarity_scores(text)["compound"] for text in (GOOD, BAD))
-    judge = build_judge(Config(scale=1.5))
+    judge = build_judge(Config(scale=1.5), ActorEngines("cpu", seed=0))
     verdicts = await judge.compare([comparison(GOOD, BAD), comparison(BAD, GOOD)])
     expected = 1 / (1 + math.exp(-1.5 * (good - bad)))
     assert good > 0 > bad

@@ -31,7 +31,7 @@ def config(**monitor: Any) -> RunConfig:
 
 def build(run_dir: Path, **monitor: Any) -> tuple[MonitorGroup, io.StringIO]:
     out = io.StringIO()
-    return build_monitor(config(**monitor), run_dir, Console(file=out, width=100)), out
+    return build_monitor(config(**monitor), run_dir, 8, Console(file=out, width=100)), out
 
 
 def jsonl(run_dir: Path) -> list[dict[str, Any]]:
@@ -229,7 +229,7 @@ def test_heavy_libraries_are_loaded_only_when_asked_for(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from rlhf.config.load import validate;"
         "from rlhf.monitor.group import build_monitor; import rlhf.monitor.report;"
         "c = validate({'name': 'n', 'policy': {'path': 'm'}, 'prompts': {'path': 'p'}}, 'x');"
-        f"m = build_monitor(c, Path({str(tmp_path)!r})); m.log('round', 1, {{'a/b': 1.0}}); m.close(0);"
+        f"m = build_monitor(c, Path({str(tmp_path)!r}), 8); m.log('round', 1, {{'a/b': 1.0}}); m.close(0);"
         "print([name for name in ('torch', 'wandb', 'ray', 'vllm', 'tensorboard') if name in sys.modules])"
     )
     root = Path(__file__).parents[2]

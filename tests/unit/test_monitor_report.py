@@ -52,7 +52,7 @@ def make_run(run_dir: Path, rounds: int = 3, count: int = 3, **config: Any) -> P
     data = {"name": "unit", "policy": {"path": EVIL}, "prompts": {"path": "p"}, "rounds": {"count": count}, **config}
     settings = validate(data, "test.yaml")
     with (run_dir / "log.txt").open("w") as out:
-        monitor = build_monitor(settings, run_dir, Console(file=out))
+        monitor = build_monitor(settings, run_dir, 8, Console(file=out))
         monitor.log("eval", 0, {"eval/score": 0.395})
         for round in range(1, rounds + 1):
             for step in (2 * round - 1, 2 * round):

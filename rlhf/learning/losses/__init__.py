@@ -7,11 +7,16 @@ import torch
 
 from rlhf.errors import InputError
 from rlhf.learning.losses.base import LossFunction, PreferenceLoss
+from rlhf.learning.losses.choice import choice
+from rlhf.learning.losses.sft import sft
 from rlhf.learning.losses.sigmoid import sigmoid
 
-__all__ = ["LOSSES", "LossFunction", "PreferenceLoss", "preference_loss"]
+__all__ = ["LOSSES", "REFERENCE_FREE", "LossFunction", "PreferenceLoss", "preference_loss"]
 
-LOSSES: dict[str, LossFunction] = {"sigmoid": sigmoid}
+LOSSES: dict[str, LossFunction] = {"sigmoid": sigmoid, "sft": sft, "choice": choice}
+
+REFERENCE_FREE = {"sft", "choice"}
+"""Losses that no reference policy has a part in: none is loaded for them, its log-probs count as 0."""
 
 
 def preference_loss(

@@ -1,0 +1,87 @@
+"""How often a judge in training is right on pairs that it does not train on, both orders each."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlhf.data.preferences import PreferenceExample
+from rlhf.evaluation.winrate import bootstrap_interval, win_rate
+from rlhf.files import write_json
+from rlhf.judging.health import judge_metrics
+from rlhf.judging.pair_prompt import PairPrompt
+from rlhf.judging.training import answer_rows, comparison, encode_orders
+from rlhf.judging.verdicts import make_verdict, sigmoid
+from rlhf.ports import Learner, Monitor
+from rlhf.records import Verdict
+
+
+class JudgeAccuracy:
+    """The `RoundEvaluator` of judge training: reads both answers' log-probs from the learner itself."""
+
+    def __init__(
+        self,
+        examples: Sequence[PreferenceExample],
+        prompt: PairPrompt,
+        learner: Learner,
+        monitor: Monitor,
+        folder: Path,
+    ) -> None:
+        """Results go to `folder`, a file a round, written last: it marks the round as evaluated."""
+        encoded = [(example, encode_orders(example, prompt)) for example in examples]
+        self._items = [(example, orders) for example, orders in encoded if orders is not None]
+        self._answers = prompt.answer_ids
+        self._learner = learner
+        self._monitor = monitor
+        self._folder = folder
+
+    def due(self, round: int, last: bool) -> bool:
+        """Every segment is evaluated, if anything is held out."""
+        return bool(self._items)
+
+    async def catch_up(self, round: int, last: bool) -> None:
+        """Evaluate the untrained model, or the round a resume begins from."""
+        if self._items and not self._mark(round).exists():
+            await self.evaluate(round)
+
+    async def evaluate(self, round: int) -> dict[str, float]:
+        """`eval/*` of the held-out pairs; see `accuracy_metrics`."""
+        with self._monitor.progress("evaluate", None):
+            metrics = accuracy_metrics(await self._verdicts())
+        self._monitor.log("eval", round, metrics)
+        self._folder.mkdir(exist_ok=True)
+        write_json(self._mark(round), metrics)
+        return metrics
+
+    async def _verdicts(self) -> list[Verdict]:
+        rows = [
+            row for example, orders in self._items for row in answer_rows(example.uid, orders, self._answers, round=0)
+        ]
+        scores = await self._learner.score(rows)
+        right = scores[:, 0] - scores[:, 1]
+        return [
+            make_verdict(comparison(example), sigmoid(float(right[2 * i])), sigmoid(float(right[2 * i + 1])))
+            for i, (example, _) in enumerate(self._items)
+        ]
+
+    def _mark(self, round: int) -> Path:
+        return self._folder / f"round-{round:04d}.json"
+
+
+def accuracy_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """Metrics of verdicts whose A is the preferred response.
+
+    `eval/accuracy` goes by p averaged over both orders (one half counts half) and has a 95 % interval;
+    `eval/accuracy_strict` counts a verdict that flips with the order as half right; `eval/brier` is the mean of
+    (1 - p)².
+    """
+    averaged = [[1.0 if verdict.p > 0.5 else 0.5 if verdict.p == 0.5 else 0.0] for verdict in verdicts]
+    low, high = bootstrap_interval(averaged)
+    health = judge_metrics(verdicts)
+    return {
+        "eval/accuracy": sum(point for (point,) in averaged) / len(averaged),
+        "eval/accuracy_low": low,
+        "eval/accuracy_high": high,
+        "eval/accuracy_strict": win_rate(verdicts).win_rate,
+        "eval/flip_rate": health["judge/flip_rate"],
+        "eval/length_bias": health["judge/length_bias"],
+        "eval/brier": sum((1.0 - verdict.p) ** 2 for verdict in verdicts) / len(verdicts),
+    }

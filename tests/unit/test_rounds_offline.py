@@ -1,0 +1,50 @@
+"""Segments of a preference set as rounds: sealed once, read back in order, refused when the data change."""
+
+import pytest
+
+from rlhf.errors import InputError
+from rlhf.records import Pair
+from rlhf.rounds.ledger import Ledger, RoundState
+from rlhf.rounds.offline import NoFleet, OfflineSource
+
+
+def pair(round: int, place: int) -> Pair:
+    return Pair(f"{place:08d}-x", round, (1, 2), (3,), (4,), "", "A", "B", 1.0, round - 1, round - 1)
+
+
+def segment(round: int) -> list[Pair]:
+    return [pair(round, 10 * round + offset) for offset in range(3)]
+
+
+async def test_a_segment_is_sealed_and_read_back_in_order(tmp_path):
+    ledger = Ledger(tmp_path)
+    sealed = (await OfflineSource(segment, ledger, "data").streams(1))["offline"]
+    assert sealed.ordered
+    assert list(sealed.pairs) == segment(1)
+    assert ledger.state(1) == RoundState.SEALED
+    assert OfflineSource(segment, ledger, "data").metrics(1) == ({"pairs/kept": 3.0}, [])
+
+
+async def test_a_sealed_segment_is_not_made_again(tmp_path):
+    ledger = Ledger(tmp_path)
+    first = await OfflineSource(segment, ledger, "data").streams(1)
+
+    def changed(round: int) -> list[Pair]:
+        raise AssertionError("the data are asked for again")
+
+    assert await OfflineSource(changed, ledger, "data").streams(1) == first
+
+
+async def test_a_planned_segment_of_other_data_is_refused(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.commit(1, RoundState.PLANNED, {"uids": ["another"], "cursor": 0})
+    with pytest.raises(InputError, match=r"my\.jsonl: not the data that segment 1"):
+        await OfflineSource(segment, ledger, "my.jsonl").streams(1)
+    assert not (ledger.folder(1) / "pairs.parquet").exists()
+
+
+async def test_nobody_samples():
+    fleet = NoFleet()
+    assert fleet.members() == []
+    with pytest.raises(LookupError):
+        await fleet.admit("generator-0", 1)
