@@ -1,5 +1,6 @@
 """The policy against a baseline on the same prompts."""
 
+import asyncio
 import math
 from collections.abc import Sequence
 
@@ -17,25 +18,26 @@ async def evaluate(
     prompts: Sequence[Prompt],
     judge: Judge,
     seed: int = 0,
+    training_judge: Judge | None = None,
 ) -> tuple[dict[str, float], list[Verdict]]:
     """Policy sample k (as A) against baseline sample k of the same prompt; `eval/*` metrics and the verdicts.
 
     A sample without a counterpart is left out. `eval/score` is the mean judge score of the policy's responses,
     absent for a judge without scores; the win rate is absent if no verdict is valid. `eval/length_mean` is in
     tokens. `seed` is the bootstrap's. Raises `RLHFError` if no sample has a counterpart.
+
+    A `training_judge` judges the same comparisons: `eval/judge_win_rate` is the policy's win rate by it and
+    `eval/win_rate_gap` that less `eval/win_rate`, how much more the judge that trains the policy sees in it than one
+    that does not (over-optimisation; Gao et al., 2023). Both are absent where a win rate is.
     """
     baseline = {(rollout.uid, rollout.k): rollout for rollout in baseline_rollouts}
-    messages = {prompt.uid: prompt.messages for prompt in prompts}
-    matched = [
-        rollout for rollout in policy_rollouts if rollout.uid in messages and (rollout.uid, rollout.k) in baseline
-    ]
+    by_uid = {prompt.uid: prompt for prompt in prompts}
+    matched = [rollout for rollout in policy_rollouts if rollout.uid in by_uid and (rollout.uid, rollout.k) in baseline]
     if not matched:
         raise RLHFError("evaluation: no response of the policy has a baseline response to the same prompt")
-    comparisons = [
-        Comparison(r.uid, messages[r.uid], r.text, baseline[r.uid, r.k].text, index_a=r.k, index_b=r.k) for r in matched
-    ]
-    verdicts = await judge.compare(comparisons)
-    check_complete(comparisons, verdicts)
+    comparisons = [_comparison(by_uid[r.uid], r, baseline[r.uid, r.k]) for r in matched]
+    judges = [judge] if training_judge is None else [judge, training_judge]
+    verdicts, *others = await asyncio.gather(*(_verdicts(item, comparisons) for item in judges))
     metrics = {
         "eval/length_mean": mean_length([rollout.token_ids for rollout in matched]),
         "eval/distinct_2": distinct_2([rollout.text for rollout in matched]),
@@ -43,7 +45,21 @@ async def evaluate(
     wins = win_rate(verdicts, seed)
     if wins.n:
         metrics |= {"eval/win_rate": wins.win_rate, "eval/win_rate_low": wins.low, "eval/win_rate_high": wins.high}
-    scores = [verdict.score_a for verdict in verdicts if verdict.score_a is not None]
+    for training in (win_rate(other, seed) for other in others):
+        if wins.n and training.n:
+            metrics["eval/judge_win_rate"] = training.win_rate
+            metrics["eval/win_rate_gap"] = training.win_rate - wins.win_rate
+    scores = [v.score_a for v in verdicts if v.score_a is not None and math.isfinite(v.score_a)]
     if scores:
         metrics["eval/score"] = math.fsum(scores) / len(scores)
     return metrics, verdicts
+
+
+def _comparison(prompt: Prompt, a: Rollout, b: Rollout) -> Comparison:
+    return Comparison(prompt.uid, prompt.messages, a.text, b.text, a.k, b.k, prompt.reference)
+
+
+async def _verdicts(judge: Judge, comparisons: Sequence[Comparison]) -> list[Verdict]:
+    verdicts = await judge.compare(comparisons)
+    check_complete(comparisons, verdicts)
+    return verdicts

@@ -1,6 +1,7 @@
 """Evaluation during a run: held-out prompts, against the responses of the round-0 policy."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 
 from rlhf.config import RunConfig
@@ -23,11 +24,14 @@ class Evaluator:
         judge: Judge,
         monitor: Monitor,
         run_dir: Path,
+        training_judge: Judge | None = None,
     ):
+        """`judge` is the eval judge; `training_judge` is the one that trains the policy, where that is another."""
         self._config = config
         self._prompts = prompts
         self._generators = generators
         self._judge = judge
+        self._training_judge = training_judge
         self._monitor = monitor
         self._folder = run_dir / "evaluation"
 
@@ -47,11 +51,16 @@ class Evaluator:
             return {}
         rollouts = await self._sample(round)
         baseline = rollouts if round == 0 else await asyncio.to_thread(read_rollouts, self._path(0))
-        metrics, _ = await evaluate(rollouts, baseline, self._prompts, self._judge, seed=self._config.seed)
+        # Against itself the baseline has no win rate to compare.
+        training_judge = self._training_judge if round else None
+        metrics, _ = await evaluate(
+            rollouts, baseline, self._prompts, self._judge, self._config.seed, training_judge=training_judge
+        )
         if round == 0:
-            # Against itself the win rate says nothing.
             metrics = {name: value for name, value in metrics.items() if "win_rate" not in name}
         self._monitor.log("eval", round, metrics)
+        for warning in gap_warnings(round, metrics, self._config.judge.health.max_win_rate_gap):
+            self._monitor.alert(warning)
         if round:
             self._show(round, rollouts, baseline)
         write_json(self._mark(round), metrics)
@@ -84,3 +93,15 @@ class Evaluator:
             for prompt in self._prompts[: self._config.monitor.samples]
         ]
         self._monitor.table("samples", ("prompt", "before (round 0)", f"after (round {round})"), rows)
+
+
+def gap_warnings(round: int, metrics: Mapping[str, float], max_gap: float) -> list[str]:
+    """A sentence if the training judge's win rate is more than `max_gap` above that of the eval judge."""
+    gap = metrics.get("eval/win_rate_gap")
+    if gap is None or gap <= max_gap:
+        return []
+    return [
+        f"round {round}: the judge sees a win rate of {metrics['eval/judge_win_rate']:.2f}, eval_judge one of "
+        f"{metrics['eval/win_rate']:.2f}: a gap of {gap:.2f} (judge.health.max_win_rate_gap = {max_gap:g}); the policy "
+        "may be learning the judge's mistakes"
+    ]

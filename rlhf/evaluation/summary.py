@@ -10,13 +10,15 @@ ROWS = (
     ("win rate against round 0", "eval/win_rate", "{:.3f}"),
     ("  95 % interval, low", "eval/win_rate_low", "{:.3f}"),
     ("  95 % interval, high", "eval/win_rate_high", "{:.3f}"),
+    ("win rate by the training judge", "eval/judge_win_rate", "{:.3f}"),
+    ("  gap to the evaluation's judge", "eval/win_rate_gap", "{:+.3f}"),
     ("response length, tokens", "eval/length_mean", "{:.1f}"),
     ("distinct bigrams", "eval/distinct_2", "{:.3f}"),
 )
 
 
 def show_summary(run_dir: Path, monitor: Monitor) -> None:
-    """Show the first and the last `eval` event of metrics.jsonl side by side."""
+    """Show the first and the last `eval` event of metrics.jsonl side by side; what neither has is no row."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evals = [event for line in lines if (event := json.loads(line))["event"] == "eval"]
     if len(evals) < 2:
@@ -28,4 +30,5 @@ def show_summary(run_dir: Path, monitor: Monitor) -> None:
         return "" if value is None else form.format(value)
 
     rows = [(name, shown(first, key, form), shown(last, key, form)) for name, key, form in ROWS]
+    rows = [row for row in rows if any(row[1:])]
     monitor.table("before and after", ("held-out prompts", f"round {first['round']}", f"round {last['round']}"), rows)

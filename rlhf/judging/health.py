@@ -1,25 +1,28 @@
 """Is the judge to be trusted this round? Rates, bias and warnings from its verdicts."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rlhf.config.judge import JudgeHealth
+from rlhf.errors import RLHFError
 from rlhf.records import Verdict, VerdictState
 
-MAX_FLIP_RATE = 0.5
-MAX_TIE_RATE = 0.8
-MAX_INVALID_RATE = 0.1
-MAX_LENGTH_BIAS = 0.5
+DEFAULTS = JudgeHealth()
 MIN_LENGTH_BIAS_COMPARISONS = 20  # below this a correlation of one half is chance
+_REASON_CHARS = 200
 
 
 def judge_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
     """`judge/*` of a round.
 
-    `invalid_rate` is a share of all comparisons, `flip_rate` and `tie_rate` are shares of the valid ones.
-    `length_bias` is the Pearson correlation of 2p - 1 with the characters of A minus those of B over the valid ones,
-    0.0 where undefined. `score_mean` is over distinct (prompt, response), absent if the judge gives no scores.
+    `invalid_rate` and `truncated_rate` are shares of all comparisons, `flip_rate` and `tie_rate` of the valid ones,
+    `confidence` is the mean |2p - 1| of the valid ones (0.0 without any). `length_bias` is the Pearson correlation of
+    2p - 1 with the characters of A minus those of B over the valid ones, 0.0 where undefined. `score_mean` is over
+    distinct (prompt, response); `score_spread` is the mean over prompts with two scored responses or more of the
+    population standard deviation of their scores; both are absent if there are no such scores.
     """
     valid = [verdict for verdict in verdicts if verdict.state is not VerdictState.INVALID]
     ties = sum(verdict.state is VerdictState.TIE for verdict in valid)
@@ -28,33 +31,60 @@ def judge_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
         "judge/flip_rate": _share(sum(verdict.flipped for verdict in valid), len(valid)),
         "judge/tie_rate": _share(ties, len(valid)),
         "judge/invalid_rate": _share(len(verdicts) - len(valid), len(verdicts)),
+        "judge/truncated_rate": _share(sum(verdict.truncated for verdict in verdicts), len(verdicts)),
+        "judge/confidence": _mean([abs(2.0 * verdict.p - 1.0) for verdict in valid]),
         "judge/length_bias": _length_bias(valid),
     }
-    scores = _distinct_scores(verdicts)
-    if scores:
-        metrics["judge/score_mean"] = math.fsum(scores) / len(scores)
+    prompts = [list(scores.values()) for scores in _distinct_scores(verdicts).values()]
+    if prompts:
+        metrics["judge/score_mean"] = _mean([score for scores in prompts for score in scores])
+    spreads = [float(np.std(scores)) for scores in prompts if len(scores) > 1]
+    if spreads:
+        metrics["judge/score_spread"] = _mean(spreads)
     return metrics
 
 
-def health_warnings(metrics: Mapping[str, float]) -> list[str]:
+def health_warnings(metrics: Mapping[str, float], thresholds: JudgeHealth = DEFAULTS) -> list[str]:
     """One sentence for each of `judge_metrics` that passed its threshold."""
     warnings = []
     flips, ties = metrics["judge/flip_rate"], metrics["judge/tie_rate"]
-    if flips > MAX_FLIP_RATE:
+    if flips > thresholds.max_flip_rate:
         warnings.append(f"judge: {flips:.0%} of verdicts flip when the responses change places; they are dropped")
-    elif ties > MAX_TIE_RATE:
+    elif ties > thresholds.max_tie_rate:
         warnings.append(f"judge: {ties:.0%} of verdicts are ties; those pairs are dropped")
-    if (invalid := metrics["judge/invalid_rate"]) > MAX_INVALID_RATE:
+    if (invalid := metrics["judge/invalid_rate"]) > thresholds.max_invalid_rate:
         warnings.append(f"judge: {invalid:.0%} of comparisons could not be judged; see the reasons in verdicts.parquet")
+    if (cut := metrics["judge/truncated_rate"]) > thresholds.max_truncated_rate:
+        warnings.append(f"judge: {cut:.0%} of contexts were cut from the left to fit the judge's longest prompt")
     bias = metrics["judge/length_bias"]
-    if abs(bias) > MAX_LENGTH_BIAS and metrics["judge/comparisons"] >= MIN_LENGTH_BIAS_COMPARISONS:
+    if abs(bias) > thresholds.max_length_bias and metrics["judge/comparisons"] >= MIN_LENGTH_BIAS_COMPARISONS:
         kind = "longer" if bias > 0 else "shorter"
         warnings.append(f"judge: it prefers {kind} responses (correlation {bias:+.2f} with the length difference)")
     return warnings
 
 
+def check_valid_share(verdicts: Sequence[Verdict], min_valid: float, where: str) -> None:
+    """Raise `RLHFError` if less than `min_valid` of the comparisons have a verdict; none at all are no failure.
+
+    `where` opens the message: the round, say.
+    """
+    reasons = Counter(verdict.reason for verdict in verdicts if verdict.state is VerdictState.INVALID)
+    if not reasons or (share := (len(verdicts) - reasons.total()) / len(verdicts)) >= min_valid:
+        return
+    reason, count = reasons.most_common(1)[0]
+    shown = " ".join(reason.split())[:_REASON_CHARS] or "none given"
+    raise RLHFError(
+        f"{where}: only {share:.1%} of {len(verdicts)} comparisons could be judged, judge.health.min_valid = "
+        f"{min_valid:g}; most frequent reason ({count} times): {shown}; mend the judge and run the same command again"
+    )
+
+
 def _share(count: int, total: int) -> float:
     return count / total if total else 0.0
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values else 0.0
 
 
 def _length_bias(valid: Sequence[Verdict]) -> float:
@@ -67,11 +97,12 @@ def _length_bias(valid: Sequence[Verdict]) -> float:
     return bias if math.isfinite(bias) else 0.0
 
 
-def _distinct_scores(verdicts: Sequence[Verdict]) -> list[float]:
-    scores: dict[tuple[str, str], float] = {}
+def _distinct_scores(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
+    """Finite scores by prompt, then by response text."""
+    scores: dict[str, dict[str, float]] = {}
     for verdict in verdicts:
         comparison = verdict.comparison
         for text, score in ((comparison.a, verdict.score_a), (comparison.b, verdict.score_b)):
-            if score is not None:
-                scores[comparison.uid, text] = score
-    return list(scores.values())
+            if score is not None and math.isfinite(score):
+                scores.setdefault(comparison.uid, {})[text] = score
+    return scores

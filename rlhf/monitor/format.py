@@ -52,7 +52,10 @@ def timing_cells(metrics: Mapping[str, Number]) -> list[str]:
 
 
 def eval_cells(metrics: Mapping[str, Number], first_score: float | None) -> list[str]:
-    """`win 0.71 [0.62, 0.79]`, `score 0.395 → 0.520`, ...; a missing metric has no cell."""
+    """`win 0.71 [0.62, 0.79]`, `by judge 0.80`, `gap +0.09`, `score 0.395 → 0.520`, ...
+
+    A missing metric has no cell.
+    """
     low, high = metrics.get("eval/win_rate_low"), metrics.get("eval/win_rate_high")
     win = _cell("win", metrics.get("eval/win_rate"), "4.2f")
     if win and low is not None and high is not None:
@@ -62,6 +65,8 @@ def eval_cells(metrics: Mapping[str, Number], first_score: float | None) -> list
         score = f"score {first_score:.3f} → {metrics['eval/score']:.3f}"
     cells = [
         win,
+        _cell("by judge", metrics.get("eval/judge_win_rate"), "4.2f"),
+        _cell("gap", metrics.get("eval/win_rate_gap"), "+5.2f"),
         score,
         _cell("length", metrics.get("eval/length_mean"), ".1f"),
         _cell("distinct", metrics.get("eval/distinct_2"), ".2f"),

@@ -11,7 +11,7 @@ import numpy as np
 from rlhf.config import RunConfig
 from rlhf.data.prompts import PromptOrder
 from rlhf.errors import InputError
-from rlhf.judging.health import health_warnings, judge_metrics
+from rlhf.judging.health import check_valid_share, health_warnings, judge_metrics
 from rlhf.ports import Generators, Judge, Monitor
 from rlhf.records import Prompt, Rollout, SampleRequest, SealedRound, Verdict
 from rlhf.rounds.ledger import Ledger, RoundState
@@ -56,7 +56,10 @@ class OnlineSource:
         return prompts
 
     async def streams(self, round: int) -> Mapping[str, SealedRound]:
-        """The round's sealed pairs, sampled and judged now unless they are on disk already."""
+        """The round's sealed pairs, sampled and judged now unless they are on disk already.
+
+        Raises `RLHFError`, with nothing sealed, if fewer than judge.health.min_valid of the comparisons are valid.
+        """
         prompts = self.plan(round)
         if self._ledger.state(round) < RoundState.SEALED:
             await self._sample_and_seal(round, prompts)
@@ -73,10 +76,12 @@ class OnlineSource:
         rollouts, results, generate_s = await self._rollouts_and_verdicts(round, prompts)
         total_s = time.monotonic() - started
         verdicts = [verdict for result in results for verdict in result.verdicts]
+        health = self._config.judge.health
+        check_valid_share(verdicts, health.min_valid, f"round {round}")
         pairs = [pair for result in results for pair in result.pairs]
         metrics = rollout_metrics(rollouts, generate_s) | judge_metrics(verdicts) | _pair_metrics(results)
         metrics |= {"timing_s/generate": generate_s, "timing_s/judge": total_s - generate_s}
-        warnings = health_warnings(metrics) + _empty_warnings(round, metrics)
+        warnings = health_warnings(metrics, health) + _empty_warnings(round, metrics)
         folder = self._ledger.folder(round)
         await asyncio.to_thread(_write, folder, rollouts, verdicts)
         digest = await asyncio.to_thread(seal_pairs, folder / "pairs.parquet", pairs)

@@ -58,8 +58,11 @@ VERDICT_SCHEMA = pa.schema(
         ("score_a", pa.float64()),
         ("score_b", pa.float64()),
         ("reason", pa.string()),
+        ("truncated", pa.bool_()),
     ]
 )
+
+_VERDICT_FIELDS = ("p_ab", "p_ba", "score_a", "score_b", "reason", "truncated")
 
 
 def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
@@ -91,7 +94,7 @@ def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
             "uid": verdict.comparison.uid,
             "index_a": verdict.comparison.index_a,
             "index_b": verdict.comparison.index_b,
-            **{name: getattr(verdict, name) for name in ("p_ab", "p_ba", "score_a", "score_b", "reason")},
+            **{name: getattr(verdict, name) for name in _VERDICT_FIELDS},
             "state": str(verdict.state),
         }
         for verdict in verdicts

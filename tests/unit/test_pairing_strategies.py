@@ -4,17 +4,18 @@ import asyncio
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.config.pairing import Pairing
 from rlhf.config.judge import SentimentJudge as SentimentConfig
+from rlhf.config.pairing import Pairing
 from rlhf.errors import RLHFError
 from rlhf.judging.sentiment import SentimentJudge
-from rlhf.judging.verdicts import invalid_verdict, make_verdict
+from rlhf.judging.verdicts import invalid_verdict, make_verdict, sigmoid
 from rlhf.records import Comparison, Message, Prompt, Rollout, Verdict, VersionSpan
 from rlhf.rounds.pairing import STRATEGIES, PairingResult, make_pairs
 
@@ -83,10 +84,80 @@ async def test_best_vs_worst_end_to_end_record() -> None:
     assert (pair.chosen_version, pair.rejected_version) == (2, 2)
     assert pair.chosen_logprobs == (), "two versions wrote it"
     assert pair.rejected_logprobs == rollouts[2].logprobs
-    assert len(judge.batches) == 1
+    # No scores: a cover of all responses, then what the round robin still lacks.
+    assert [[(c.index_a, c.index_b) for c in batch] for batch in judge.batches] == [
+        [(0, 1), (2, 3)],
+        [(0, 2), (0, 3), (1, 2), (1, 3)],
+    ]
     assert len(result.verdicts) == 6
-    assert {(c.index_a, c.index_b) for c in judge.batches[0]} == set(itertools.combinations(range(4), 2))
     assert result.counts == {"kept": 1, "dropped_tie": 0, "dropped_invalid": 0, "empty_responses": 0, "incomplete": 0}
+
+
+async def test_round_robin_is_one_batch_of_all_matches() -> None:
+    judge = by_strength(m=0.0, best=2.0, worst=-3.0, n=0.5)
+    result = await pairs_of(group("m", "best", "worst", "n"), judge, "round_robin")
+    assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [("best", "worst")]
+    [batch] = judge.batches
+    assert [(c.index_a, c.index_b) for c in batch] == list(itertools.combinations(range(4), 2))
+
+
+class ScoreJudge:
+    """Scores one response alone, by a table; a response without an entry cannot be judged."""
+
+    def __init__(self, scores: dict[str, float]) -> None:
+        self.scores = scores
+        self.batches: list[list[Comparison]] = []
+
+    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        self.batches.append(list(comparisons))
+        return [self._verdict(c, self.scores.get(c.a), self.scores.get(c.b)) for c in comparisons]
+
+    def _verdict(self, comparison: Comparison, a: float | None, b: float | None) -> Verdict:
+        if a is None or b is None:
+            return invalid_verdict(comparison, "no score", a, b)
+        p = sigmoid(a - b)
+        return make_verdict(comparison, p, p, a, b)
+
+
+@settings(deadline=None, max_examples=60)
+@given(scores=st.lists(st.one_of(st.none(), st.integers(-4, 4)), min_size=2, max_size=9))
+async def test_scores_need_one_look_at_each_response_and_the_final(scores: list[int | None]) -> None:
+    known = {f"r{n}": float(score) for n, score in enumerate(scores) if score is not None}
+    judge = ScoreJudge(known)
+    result = await pairs_of(group(*(f"r{n}" for n in range(len(scores)))), judge, margin=0.0)
+    assert len(judge.batches[0]) == math.ceil(len(scores) / 2)
+    assert {text for c in judge.batches[0] for text in (c.a, c.b)} == {f"r{n}" for n in range(len(scores))}
+    if len(known) >= 2:
+        assert [len(batch) for batch in judge.batches[1:]] in ([], [1])
+    if len(set(known.values())) > 1:
+        [pair] = result.pairs
+        assert (known[pair.chosen], known[pair.rejected]) == (max(known.values()), min(known.values()))
+        assert pair.p_chosen == pytest.approx(sigmoid(max(known.values()) - min(known.values())))
+    else:
+        assert result.pairs == ()
+    asked = [frozenset((c.a, c.b)) for batch in judge.batches for c in batch]
+    assert len(set(asked)) == len(asked)
+
+
+async def test_one_verdict_without_scores_is_enough_for_a_round_robin() -> None:
+    class Half(ScoreJudge):
+        def _verdict(self, comparison: Comparison, a: float | None, b: float | None) -> Verdict:
+            verdict = super()._verdict(comparison, a, b)
+            return replace(verdict, score_a=None) if comparison.a == "y" else verdict
+
+    judge = Half({"x": 0.0, "w": 1.0, "y": 2.0, "z": 3.0})
+    result = await pairs_of(group("x", "w", "y", "z"), judge)
+    assert [len(batch) for batch in judge.batches] == [2, 4]
+    assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [("z", "x")]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_the_judge_is_given_the_reference_answer(strategy: str) -> None:
+    judge = by_strength(x=0.0, y=1.0, z=3.0)
+    prompt = replace(PROMPT, reference="42")
+    config = Pairing(strategy=strategy)  # type: ignore[arg-type]
+    await make_pairs(group("x", "y", "z"), prompt, judge, config, np.random.default_rng(0), 1)
+    assert {c.reference for batch in judge.batches for c in batch} == {"42"}
 
 
 async def test_order_of_arrival_does_not_matter() -> None:
@@ -99,13 +170,14 @@ async def test_order_of_arrival_does_not_matter() -> None:
         assert there.pairs
 
 
-@settings(deadline=None)
+@pytest.mark.parametrize("strategy", ["round_robin", "best_vs_worst"])
+@settings(deadline=None, max_examples=60)
 @given(
     ps=st.lists(st.integers(0, 20), min_size=6, max_size=6),
     holes=st.sets(st.integers(0, 5), max_size=4),
     margin=st.sampled_from([0.0, 0.1, 0.5]),
 )
-async def test_best_vs_worst_equals_brute_force(ps: list[int], holes: set[int], margin: float) -> None:
+async def test_ranking_equals_brute_force(strategy: str, ps: list[int], holes: set[int], margin: float) -> None:
     texts = "wxyz"
     p = {pair: ps[n] / 20 for n, pair in enumerate(itertools.combinations(texts, 2)) if n not in holes}
 
@@ -113,7 +185,7 @@ async def test_best_vs_worst_equals_brute_force(ps: list[int], holes: set[int], 
         value = p.get((a, b), math.nan)
         return value, value
 
-    result = await pairs_of(group(*texts), TableJudge(rule), margin=margin)
+    result = await pairs_of(group(*texts), TableJudge(rule), strategy, margin)
     both = p | {(b, a): 1 - value for (a, b), value in p.items()}
     means = {t: np.mean([v for (a, _), v in both.items() if a == t]) for t in texts if any(a == t for a, _ in both)}
     assert result.counts["kept"] == len(result.pairs) <= 1
@@ -173,7 +245,7 @@ async def test_same_text_of_other_tokens_is_identical() -> None:
     twin = Rollout("p", 1, (1, 2), (-1.0, -1.0), "x", "stop", (VersionSpan(0, 0, 2),))
     judge = by_strength(x=0.0, y=2.0)
     result = await pairs_of([rollout(0, "x"), twin, rollout(2, "y")], judge)
-    assert len(judge.batches[0]) == 1
+    assert [len(batch) for batch in judge.batches] == [1]
     assert (result.pairs[0].chosen, result.pairs[0].rejected_ids) == ("y", tuple(b"x"))
 
 
@@ -270,31 +342,8 @@ async def test_responses_of_another_prompt_are_refused() -> None:
         await pairs_of([rollout(0, "x"), rollout(1, "y", uid="q")], by_strength(x=0.0, y=1.0))
 
 
-def test_strategy_may_yield_more_than_once() -> None:
-    """The shape an adaptive tournament needs: the coroutine is sent each batch's verdicts before it yields the next."""
-    from rlhf.rounds.pairing.strategy import Candidate, Steps, compare, direct
-
-    def knockout(rollouts: Sequence[Rollout], prompt: Prompt, rng: np.random.Generator) -> Steps:
-        best, candidates = 0, list[Candidate]()
-        for challenger in range(1, len(rollouts)):
-            [verdict] = yield [compare(rollouts, prompt, best, challenger)]
-            candidates = [direct(best, challenger, verdict)]
-            best = candidates[0].chosen
-        return candidates
-
-    judge = by_strength(x=0.0, y=2.0, z=1.0)
-    STRATEGIES["knockout"] = knockout
-    try:
-        config = Pairing.model_construct(strategy="knockout", min_margin=0.0)  # type: ignore[arg-type]
-        result = asyncio.run(make_pairs(group("x", "y", "z"), PROMPT, judge, config, np.random.default_rng(0), 0))
-    finally:
-        del STRATEGIES["knockout"]
-    assert [[(c.a, c.b) for c in batch] for batch in judge.batches] == [[("x", "y")], [("y", "z")]]
-    assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [("y", "z")]
-    assert len(result.verdicts) == 2
-
-
-def test_unjudgeable_response_does_not_spoil_the_ranking() -> None:
+@pytest.mark.parametrize("strategy", ["best_vs_worst", "round_robin", "knockout"])
+def test_unjudgeable_response_does_not_spoil_the_ranking(strategy: str) -> None:
     class Picky(TableJudge):
         async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
             verdicts = await super().compare(comparisons)
@@ -304,5 +353,5 @@ def test_unjudgeable_response_does_not_spoil_the_ranking() -> None:
             ]
 
     judge = Picky(by_strength(x=0.0, y=2.0, odd=9.0, z=1.0).rule)
-    result = asyncio.run(pairs_of(group("x", "odd", "y", "z"), judge))
+    result = asyncio.run(pairs_of(group("x", "odd", "y", "z"), judge, strategy))
     assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [("y", "x")]

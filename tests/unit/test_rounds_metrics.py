@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.evaluation.summary import show_summary
+from rlhf.monitor.format import eval_cells
 from rlhf.records import Pair, SealedRound, SyncReport
 from rlhf.rounds import metrics as module
 from rlhf.rounds.metrics import RoundClock, round_metrics, staleness
@@ -125,3 +126,27 @@ def test_the_summary_sets_the_first_evaluation_beside_the_last(tmp_path: Path) -
 def test_one_evaluation_is_no_comparison(tmp_path: Path) -> None:
     write_events(tmp_path, {"event": "eval", "round": 0, "eval/score": 0.4}, {"event": "round", "round": 1})
     assert summary(tmp_path) == []
+
+
+def test_the_summary_shows_both_judges_and_leaves_out_what_nobody_measured(tmp_path: Path) -> None:
+    write_events(
+        tmp_path,
+        {"event": "eval", "round": 0, "eval/distinct_2": 0.9},
+        {
+            **{"event": "eval", "round": 8, "eval/distinct_2": 0.8, "eval/win_rate": 0.55},
+            **{"eval/judge_win_rate": 0.8125, "eval/win_rate_gap": 0.2625},
+        },
+    )
+    [(_, _, rows)] = summary(tmp_path)
+    assert [(name.strip(), *values) for name, *values in rows] == [
+        ("win rate against round 0", "", "0.550"),
+        ("win rate by the training judge", "", "0.812"),
+        ("gap to the evaluation's judge", "", "+0.263"),
+        ("distinct bigrams", "0.900", "0.800"),
+    ]
+
+
+def test_the_console_shows_both_judges() -> None:
+    both = {"eval/win_rate": 0.55, "eval/judge_win_rate": 0.8, "eval/win_rate_gap": 0.25}
+    assert eval_cells(both, None) == ["win 0.55", "by judge 0.80", "gap +0.25"]
+    assert eval_cells({"eval/win_rate": 0.55}, None) == ["win 0.55"]

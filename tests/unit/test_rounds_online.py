@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from rlhf.config import RunConfig
 from rlhf.data.prompts import PromptOrder
 from rlhf.errors import InputError, RLHFError
-from rlhf.judging.verdicts import make_verdict
+from rlhf.judging.verdicts import invalid_verdict, make_verdict
 from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VersionSpan
 from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.online import OnlineSource, rollout_metrics, sample_requests
@@ -186,3 +187,49 @@ def test_rollout_metrics_count_sampled_tokens() -> None:
         "rollout/length_mean": 2.0,
         "rollout/truncated_rate": 0.5,
     }
+
+
+class Unsure(Ports):
+    """Cannot judge the first `bad` comparisons; cuts the context of every other one."""
+
+    bad = 2
+
+    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        verdicts = []
+        for verdict in await super().compare(comparisons):
+            self.bad -= 1
+            failed = invalid_verdict(verdict.comparison, "the endpoint is\nout of order")
+            verdicts.append(failed if self.bad >= 0 else replace(verdict, truncated=self.bad % 2 == 0))
+        return verdicts
+
+
+async def test_too_few_valid_verdicts_stop_the_round_before_anything_is_sealed(tmp_path: Path) -> None:
+    strict = make_config(judge={"type": "sentiment", "health": {"min_valid": 0.9}})
+    with pytest.raises(RLHFError, match=r"round 1: only .* min_valid = 0\.9; .*: the endpoint is out of order;"):
+        await make_source(Unsure(), tmp_path, strict).streams(1)
+    assert Ledger(tmp_path).state(1) == RoundState.PLANNED
+    assert list((tmp_path / "rounds/0001").glob("*.parquet")) == []
+    source = make_source(Unsure(), tmp_path, make_config())  # by default an empty round is legal
+    await source.streams(1)
+    assert source.metrics(1)[0]["judge/invalid_rate"] > 0.1
+
+
+async def test_no_comparison_at_all_is_an_empty_round_not_a_failed_judge(tmp_path: Path) -> None:
+    ports = Ports()
+    config = make_config(prompts=1, judge={"type": "sentiment", "health": {"min_valid": 1.0}})
+    source = make_source(ports, tmp_path, config)
+    ports.empty_uid = source.plan(1)[0].uid
+    assert (await source.streams(1))["online"].pairs == ()
+
+
+async def test_thresholds_and_truncation_reach_the_round(tmp_path: Path) -> None:
+    ports = Unsure()
+    ports.bad = 0
+    config = make_config(judge={"type": "sentiment", "health": {"max_truncated_rate": 0.3}})
+    source = make_source(ports, tmp_path, config)
+    await source.streams(1)
+    metrics, warnings = source.metrics(1)
+    column = pq.read_table(tmp_path / "rounds/0001/verdicts.parquet")["truncated"].to_pylist()
+    assert metrics["judge/truncated_rate"] == pytest.approx(sum(column) / len(column)) == pytest.approx(0.5, abs=0.1)
+    assert [warning for warning in warnings if "were cut" in warning] == warnings[:1]
+    assert "judge/confidence" in metrics

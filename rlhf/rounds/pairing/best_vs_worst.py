@@ -1,4 +1,4 @@
-"""One pair a prompt: the best response against the worst, ranked by a round robin (METHODS §1 and §2)."""
+"""One pair a prompt: the best response against the worst, by score where the judge scores responses (METHODS §2)."""
 
 import itertools
 import math
@@ -6,45 +6,58 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf.records import Prompt, Rollout, Verdict, VerdictState
-from rlhf.rounds.pairing.strategy import Candidate, Steps, compare, direct, distinct, identical
-
-_FLIP = {VerdictState.WIN: VerdictState.LOSE, VerdictState.LOSE: VerdictState.WIN}
+from rlhf.records import Prompt, Rollout, VerdictState
+from rlhf.rounds.pairing.round_robin import standings
+from rlhf.rounds.pairing.strategy import Match, Results, Steps, compare, distinct, identical, match, ranked
 
 
 def best_vs_worst(group: Sequence[Rollout], prompt: Prompt, rng: np.random.Generator) -> Steps:
-    """Compare each two distinct responses once, rank by mean win probability, pair the first with the last.
+    """Look at every distinct response once; rank by score, or finish the round robin for a judge without scores.
 
-    The pair's p is that of the direct verdict; where that is a tie, invalid or against the ranking, the candidate
-    says so and is dropped. Equal ranks fall to the earlier response.
+    The first batch has ceil(K/2) comparisons. With scores one more follows, of best and worst, unless they have met:
+    the pair's p is that of their direct verdict, and a tie, an invalid or a contrary verdict drops it. A response
+    without a score is no candidate. Without scores (or with fewer than two) a second batch plays the matches that are
+    missing and the pair is that of `round_robin`.
     """
     firsts = distinct(group)
     if len(firsts) < 2:
         return [identical(0, 1)]
-    matches = list(itertools.combinations(firsts, 2))
-    verdicts = yield [compare(group, prompt, i, j) for i, j in matches]
-    results = dict(zip(matches, verdicts, strict=True))
-    means = mean_win_probabilities(results)
-    if len(means) < 2:  # nothing was judged
-        return [direct(*matches[0], results[matches[0]])]
-    best = max(means, key=lambda i: (means[i], -i))
-    worst = min((i for i in means if i != best), key=lambda i: (means[i], i))
-    return [_ranked(best, worst, results)]
+    cover = covering(firsts)
+    verdicts = yield [compare(group, prompt, i, j) for i, j in cover]
+    results = dict(zip(cover, verdicts, strict=True))
+    scores = response_scores(results)
+    if len(scores) < 2:
+        rest = [pair for pair in itertools.combinations(firsts, 2) if pair not in results]
+        if rest:
+            verdicts = yield [compare(group, prompt, i, j) for i, j in rest]
+            results |= zip(rest, verdicts, strict=True)
+        return [standings(results)]
+    best = max(scores, key=lambda i: (scores[i], -i))
+    worst = min((i for i in scores if i != best), key=lambda i: (scores[i], i))
+    final = match(best, worst)
+    if final not in results:
+        [results[final]] = yield [compare(group, prompt, *final)]
+    return [ranked(best, worst, results)]
 
 
-def mean_win_probabilities(results: dict[tuple[int, int], Verdict]) -> dict[int, float]:
-    """Mean p(i wins) over i's valid verdicts, for each i that has one."""
-    wins: dict[int, list[float]] = {}
+def covering(positions: Sequence[int]) -> list[Match]:
+    """ceil(n/2) matches in which each of n positions, in ascending order, plays; an odd last one meets the first."""
+    pairs = [(positions[n], positions[n + 1]) for n in range(0, len(positions) - 1, 2)]
+    if len(positions) % 2:
+        pairs.append((positions[0], positions[-1]))
+    return pairs
+
+
+def response_scores(results: Results) -> dict[int, float]:
+    """The finite scores by position; empty if a valid verdict lacks one, for then the judge does not score responses.
+
+    An invalid verdict may still carry the score of the side that could be judged.
+    """
+    scores: dict[int, float] = {}
     for (i, j), verdict in results.items():
-        if verdict.state is not VerdictState.INVALID:
-            wins.setdefault(i, []).append(verdict.p)
-            wins.setdefault(j, []).append(1.0 - verdict.p)
-    return {i: math.fsum(values) / len(values) for i, values in wins.items()}
-
-
-def _ranked(best: int, worst: int, results: dict[tuple[int, int], Verdict]) -> Candidate:
-    if best < worst:
-        verdict = results[best, worst]
-        return Candidate(best, worst, verdict.p, verdict.state)
-    verdict = results[worst, best]
-    return Candidate(best, worst, 1.0 - verdict.p, _FLIP.get(verdict.state, verdict.state))
+        sides = [(i, verdict.score_a), (j, verdict.score_b)]
+        found = {position: score for position, score in sides if score is not None and math.isfinite(score)}
+        if len(found) < 2 and verdict.state is not VerdictState.INVALID:
+            return {}
+        scores |= found
+    return scores

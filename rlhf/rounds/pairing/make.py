@@ -11,11 +11,15 @@ from rlhf.ports import Judge
 from rlhf.records import Pair, Prompt, Rollout, Verdict, VerdictState
 from rlhf.rounds.pairing.all_pairs import all_pairs
 from rlhf.rounds.pairing.best_vs_worst import best_vs_worst
+from rlhf.rounds.pairing.knockout import knockout
 from rlhf.rounds.pairing.random_pair import random_pair
+from rlhf.rounds.pairing.round_robin import round_robin
 from rlhf.rounds.pairing.strategy import Candidate, Steps, Strategy
 
 STRATEGIES: dict[str, Strategy] = {
     "best_vs_worst": best_vs_worst,
+    "round_robin": round_robin,
+    "knockout": knockout,
     "random": random_pair,
     "all_pairs": all_pairs,
 }

@@ -1,11 +1,13 @@
 """What a pairing strategy is, and what strategies share."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rlhf.records import Comparison, Prompt, Rollout, Verdict, VerdictState
+
+_FLIP = {VerdictState.WIN: VerdictState.LOSE, VerdictState.LOSE: VerdictState.WIN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +29,17 @@ Steps = Generator[list[Comparison], list[Verdict], list[Candidate]]
 
 Strategy = Callable[[Sequence[Rollout], Prompt, np.random.Generator], Steps]
 
+Match = tuple[int, int]
+"""Two positions in the group, the smaller first."""
+
+Results = Mapping[Match, Verdict]
+"""The verdict of each match that was played; its A is the smaller position."""
+
 
 def compare(group: Sequence[Rollout], prompt: Prompt, i: int, j: int) -> Comparison:
     """Response i (as A) against response j of the group; the record carries their sample numbers k."""
     a, b = group[i], group[j]
-    return Comparison(prompt.uid, prompt.messages, a.text, b.text, a.k, b.k)
+    return Comparison(prompt.uid, prompt.messages, a.text, b.text, a.k, b.k, prompt.reference)
 
 
 def distinct(group: Sequence[Rollout]) -> list[int]:
@@ -57,3 +65,16 @@ def direct(i: int, j: int, verdict: Verdict) -> Candidate:
     if verdict.state is VerdictState.LOSE:
         return Candidate(j, i, 1.0 - verdict.p, VerdictState.WIN)
     return Candidate(i, j, verdict.p, verdict.state)
+
+
+def match(i: int, j: int) -> Match:
+    """The key of i against j in `Results`."""
+    return (i, j) if i < j else (j, i)
+
+
+def ranked(best: int, worst: int, results: Results) -> Candidate:
+    """The candidate of a ranking, with the direct verdict of the two, which they must have played."""
+    verdict = results[match(best, worst)]
+    if best < worst:
+        return Candidate(best, worst, verdict.p, verdict.state)
+    return Candidate(best, worst, 1.0 - verdict.p, _FLIP.get(verdict.state, verdict.state))
