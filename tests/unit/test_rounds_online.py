@@ -205,7 +205,7 @@ class Unsure(Ports):
 
 async def test_too_few_valid_verdicts_stop_the_round_before_anything_is_sealed(tmp_path: Path) -> None:
     strict = make_config(judge={"type": "sentiment", "health": {"min_valid": 0.9}})
-    with pytest.raises(RLHFError, match=r"round 1: only .* min_valid = 0\.9; .*: the endpoint is out of order;"):
+    with pytest.raises(RLHFError, match=r"round 1: only .*min_valid = 0\.9; .*: the endpoint is out of order;"):
         await make_source(Unsure(), tmp_path, strict).streams(1)
     assert Ledger(tmp_path).state(1) == RoundState.PLANNED
     assert list((tmp_path / "rounds/0001").glob("*.parquet")) == []
