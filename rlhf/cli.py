@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from rlhf import __version__
+from rlhf.cli_judge import judge_app
 from rlhf.config import load_config
 from rlhf.errors import InputError, RLHFError
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(judge_app, name="judge")
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Keys set over the file, values in YAML.")

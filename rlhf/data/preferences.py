@@ -159,9 +159,7 @@ def _example(row: Row, index: int, parse: Callable[[Row], _Sides | str], subset_
 
 def _objection(messages: Sequence[Message], chosen: str, rejected: str) -> str:
     """Why METHODS §1 does not keep this row; empty if it does."""
-    body = messages[1:] if messages and messages[0]["role"] == "system" else messages
-    alternates = all(turn["role"] == ("assistant" if index % 2 else "user") for index, turn in enumerate(body))
-    if len(body) % 2 == 0 or not alternates:
+    if not alternates(messages):
         return "roles"
     if not all(text.strip() for text in (chosen, rejected, *(turn["content"] for turn in messages))):
         return "blank"
@@ -169,7 +167,7 @@ def _objection(messages: Sequence[Message], chosen: str, rejected: str) -> str:
 
 
 def _explicit(row: Row) -> _Sides | str:
-    prompt, chosen, rejected = _prompt(row.get("prompt")), _answer(row.get("chosen")), _answer(row.get("rejected"))
+    prompt, chosen, rejected = read_prompt(row.get("prompt")), _answer(row.get("chosen")), _answer(row.get("rejected"))
     if prompt is None or chosen is None or rejected is None:
         return "malformed"
     (head, chosen_text), (other, rejected_text) = chosen, rejected
@@ -207,7 +205,7 @@ def _hh_rlhf(row: Row) -> _Sides | str:
 
 
 def _labelled(row: Row) -> _Sides | str:
-    prompt, a, b, label = _prompt(row.get("prompt")), row.get("a"), row.get("b"), row.get("label")
+    prompt, a, b, label = read_prompt(row.get("prompt")), row.get("a"), row.get("b"), row.get("label")
     if prompt is None or not isinstance(a, str) or not isinstance(b, str) or not isinstance(label, str):
         return "malformed"
     sides = {"a": (prompt, a, b), "b": (prompt, b, a)}
@@ -238,7 +236,15 @@ def _split_texts(chosen: str, rejected: str) -> _Sides | str:
     return ((Message(role="user", content=prompt),), chosen[same:], rejected[same:]) if prompt else "context"
 
 
-def _prompt(value: Any) -> tuple[Message, ...] | None:
+def alternates(messages: Sequence[Message]) -> bool:
+    """After an optional system message, user and assistant take turns from a first to a last user turn."""
+    body = messages[1:] if messages and messages[0]["role"] == "system" else messages
+    roles = all(turn["role"] == ("assistant" if index % 2 else "user") for index, turn in enumerate(body))
+    return len(body) % 2 == 1 and roles
+
+
+def read_prompt(value: Any) -> tuple[Message, ...] | None:
+    """A prompt that is text or a non-empty list of {role, content}; None for anything else."""
     return (Message(role="user", content=value),) if isinstance(value, str) else _turns(value)
 
 

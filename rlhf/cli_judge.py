@@ -1,0 +1,156 @@
+"""`rlhf judge`: measure a judge, score files with it. Importing this loads neither torch, ray, vllm nor deepspeed."""
+
+import importlib
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+
+from rlhf.config import JudgeRun, load_judge_config
+from rlhf.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.progress import Task
+
+    from rlhf.ports import Judge
+
+T = TypeVar("T")
+Format = Literal["auto", "explicit", "implicit", "hh_rlhf", "labelled"]
+Ties = Literal["half", "lost"]
+
+judge_app = typer.Typer(name="judge", help="Measure, use and train a judge.", no_args_is_help=True)
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with a judge section, or a run's.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Keys set over the file, values in YAML.")
+]
+
+
+@judge_app.command()
+def bench(
+    config: Config,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Preference pairs: a file or a Hugging Face dataset id.")],
+    overrides: Overrides = None,
+    format: Annotated[Format, typer.Option(help="Layout of the pairs.")] = "auto",
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face dataset.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Configuration name of a Hugging Face dataset.")] = None,
+    subset_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of the subsets; default: subset, if there is one.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Use the first N pairs only.")] = None,
+    ties: Annotated[Ties, typer.Option(help="A tie counts half, or is lost.")] = "half",
+    json_out: Annotated[
+        str | None, typer.Option("--json", metavar="OUT", help="Write the report as JSON; - is stdout.")
+    ] = None,
+) -> None:
+    """Accuracy, calibration and habits of a judge on pairs with a known better response."""
+    from rich.console import Console
+
+    from rlhf.data.preferences import load_preferences
+    from rlhf.evaluation.bench_table import show_bench
+    from rlhf.evaluation.judge_bench import bench as run_bench
+    from rlhf.files import write_atomic
+
+    resolved = load_judge_config(config, overrides or ())
+    target = None if json_out in (None, "-") else Path(str(json_out))
+    if target is not None and (target.is_dir() or not target.parent.is_dir()):
+        raise InputError(f"--json {target}: not a file in a folder that exists; create the folder first")
+    found = load_preferences(data, split=split, name=name, format=format, subset_column=subset_column)
+    examples = found.examples[:limit]
+
+    async def work(judge: "Judge") -> Any:
+        with _progress("judging", len(examples), 0) as advance:
+            return await run_bench(judge, examples, advance, ties)
+
+    report = _with_judge(config, resolved, work)
+    source = {"path": data, "split": split, "name": name, "examples": len(examples), "dropped": found.dropped}
+    whole = {"judge": resolved.judge.model_dump(mode="json"), "data": source, **report.to_json()}
+    text = json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    if json_out == "-":
+        print(text, end="")
+    elif target is not None:
+        write_atomic(target, text.encode())
+    show_bench(report, Console(stderr=json_out == "-"))
+
+
+@judge_app.command()
+def score(
+    config: Config,
+    input: Annotated[Path, typer.Option(metavar="FILE", help="JSONL of prompt, a and b (optionally .gz).")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="JSONL to write; continued if it is there.")],
+    overrides: Overrides = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Write a malformed line as invalid instead of stopping before the start.")
+    ] = False,
+) -> None:
+    """Score a file of comparisons; started again after a stop, it goes on where it was."""
+    from rlhf.judging import score_file
+
+    resolved = load_judge_config(config, overrides or ())
+    with _naming(config):
+        identity = _identity(resolved)
+    with score_file.open_job(input, output, identity, skip_bad=skip_bad) as job:
+        if job.done == job.total:
+            print(f"{output}: all {job.total} lines are scored; nothing to do")
+            return
+
+        async def work(judge: "Judge") -> dict[str, int]:
+            with _progress("scoring", job.total, job.done) as advance:
+                return await score_file.score(judge, job, advance)
+
+        counts = _with_judge(config, resolved, work)
+    shown = ", ".join(f"{count} {state}" for state, count in counts.items())
+    print(f"{output}: {sum(counts.values())} lines scored ({shown}), {job.done} were there before")
+
+
+def _with_judge(config: str, resolved: JudgeRun, work: Callable[["Judge"], Awaitable[T]]) -> T:
+    with _naming(config):
+        result: T = importlib.import_module("actors.judging").run_with_judge(resolved, work)
+    return result
+
+
+def _identity(config: JudgeRun) -> str:
+    """What the verdicts depend on: the identities of the judges, and how an ensemble puts them together."""
+    from rlhf.config.judge import EngineJudge, EnsembleJudge, single_judges
+    from rlhf.judging.cache import judge_identity
+    from rlhf.modelfiles import local_folder
+
+    identities = []
+    for key, judge in single_judges(config.judge):
+        if isinstance(judge, EngineJudge) and judge.path is not None:
+            judge = judge.model_copy(update={"path": str(local_folder(judge.path, f"{key}.path"))})
+        identities.append(judge_identity(judge))
+    if not isinstance(config.judge, EnsembleJudge):
+        return identities[0]
+    weights = [member.weight for member in config.judge.members]
+    return json.dumps([config.judge.method, config.judge.quorum, weights, identities])
+
+
+@contextmanager
+def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with the rate and the time left; yields what moves it on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: "Task") -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:.1f}/s")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=total, completed=done)
+        yield lambda amount: bar.advance(task, amount)
+
+
+@contextmanager
+def _naming(config: str) -> Iterator[None]:
+    """Put the config's file name before a complaint about one of its keys."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        raise InputError(f"{config}: {text}" if text.startswith(("judge", "cluster")) else text) from error
