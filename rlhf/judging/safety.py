@@ -65,16 +65,34 @@ class SafetyJudge:
         return sigmoid(_logit(score_a) - _logit(score_b))
 
     def _render(self, messages: Sequence[Message], response: str) -> str:
-        template = self._config.template
-        if template is None:
+        if self._config.template is None:
             turns = [*messages, Message(role="assistant", content=response)]
             return apply_template(self._tokenizer, turns, add_generation_prompt=True)
-        # One pass, so that a field spelled out in a text stays as it is.
-        fields = {"conversation": plain_conversation(messages), "response": response}
-        text = _FIELD.sub(lambda match: fields[match.group(1)], template)
+        text = self._fill(messages, response)
         if not self._tokenizer.chat_template:
             return text
         return apply_template(self._tokenizer, [Message(role="user", content=text)], add_generation_prompt=True)
+
+    def _fill(self, messages: Sequence[Message], response: str) -> str:
+        """The configured template with its fields; in one pass, so that a field spelled out in a text stays."""
+        fields = {"conversation": plain_conversation(messages), "response": response}
+        return _FIELD.sub(lambda match: fields[match.group(1)], self._config.template or "")
+
+    def _check_end(self, prompt: str) -> None:
+        """A template of the user's own reaches the guard as a chat turn: the guard's turn has to follow it."""
+        if self._config.template is None or not self._tokenizer.chat_template:
+            return
+        text = self._fill([Message(role="user", content=_QUESTION)], _ANSWER)
+        user = Message(role="user", content=text)
+        if prompt != apply_template(self._tokenizer, [user], add_generation_prompt=False):
+            return
+        # Older templates always write the guard's header; then it stands in front of a real answer too.
+        answered = apply_template(self._tokenizer, [user, Message(role="assistant", content="probe-reply")], False)
+        if answered.partition("probe-reply")[0].rstrip() != prompt.rstrip():
+            raise InputError(
+                f"{self._where}: the prompt ends with {prompt[-40:]!r}, which is not where an answer starts; use a "
+                "guard whose chat template honours add_generation_prompt"
+            )
 
     def _find_answer_ids(self) -> list[int]:
         """The first token of each answer where an answer starts."""
@@ -84,6 +102,7 @@ class SafetyJudge:
                 f"{self._where}: the chat template turns a question and its answer into {prompt[:80]!r}, which does "
                 "not hold both; set judge.template"
             )
+        self._check_end(prompt)
         start = self._prompt.token_ids(prompt)
         first = []
         for key, word in (("safe", self._config.safe), ("unsafe", self._config.unsafe)):
