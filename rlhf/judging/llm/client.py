@@ -63,16 +63,20 @@ class Failure:
 
 
 class Batch:
-    """What the requests of one `compare` call share: it is given up when nothing answers at all."""
+    """What the requests of one `compare` call share: it is given up when nothing answers at all, or all are refused."""
 
     def __init__(self) -> None:
         self.down = asyncio.Event()
+        self.fatal: Failure | None = None
         self._unanswered = 0
 
-    def note(self, answered: bool) -> None:
-        """Count tries in a row without an answer."""
+    def note(self, outcome: Reply | Failure) -> None:
+        """Count tries in a row without an HTTP answer; one that is fatal ends the batch."""
+        answered = isinstance(outcome, Reply) or outcome.status is not None
         self._unanswered = 0 if answered else self._unanswered + 1
-        if self._unanswered >= MAX_UNANSWERED:
+        if isinstance(outcome, Failure) and outcome.fatal:
+            self.fatal = outcome
+        if self.fatal or self._unanswered >= MAX_UNANSWERED:
             self.down.set()
 
     async def sleep(self, seconds: float) -> None:
@@ -148,13 +152,15 @@ class Endpoint:
         async with self._slots:
             # A server that asks for patience asks all requests for it.
             await batch.sleep(self._resume_at - asyncio.get_running_loop().time())
+            if batch.fatal:
+                return batch.fatal
             if batch.down.is_set():
                 return Failure(f"{self._url} did not answer {MAX_UNANSWERED} times in a row; the batch was given up")
             if bound := self.budget.exhausted():
                 return Failure(bound)
             self.budget.requests += 1
             outcome = await self._send(messages, fields)
-        batch.note(answered=isinstance(outcome, Reply) or outcome.status is not None)
+        batch.note(outcome)
         if isinstance(outcome, Failure) and outcome.retry_after_s:
             resume_at = asyncio.get_running_loop().time() + outcome.retry_after_s
             self._resume_at = max(self._resume_at, resume_at)
