@@ -68,7 +68,15 @@ def _assemble(
     order = PromptOrder(inputs.prompts.prompts, config.seed)
     evaluator = None
     if inputs.held_out.prompts and config.evaluation.every:
-        evaluator = Evaluator(config, inputs.held_out.prompts, parts.fleet, parts.eval_judge, monitor, run_dir)
+        evaluator = Evaluator(
+            config,
+            inputs.held_out.prompts,
+            parts.fleet,
+            parts.eval_judge,
+            monitor,
+            run_dir,
+            training_judge=parts.judge if config.eval_judge else None,
+        )
     return System(
         source=OnlineSource(config, order, parts.fleet, parts.judge, ledger, monitor),
         learner=parts.learner,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from rlhf.config import JudgeRun, load_judge_config
+from rlhf.config import JudgeRun, load_judge_config, load_judge_training
 from rlhf.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,6 +105,18 @@ def score(
     print(f"{output}: {sum(counts.values())} lines scored ({shown}), {job.done} were there before")
 
 
+@judge_app.command()
+def train(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the training.")],
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Empty the run directory and start over.")] = False,
+) -> None:
+    """Train a pair-preference judge on preference pairs, or go on with a training that is not finished."""
+    resolved = load_judge_training(config, overrides or ())
+    with _naming(config):
+        importlib.import_module("actors.judge_training").train_judge(resolved, fresh=fresh)
+
+
 def _with_judge(config: str, resolved: JudgeRun, work: Callable[["Judge"], Awaitable[T]]) -> T:
     with _naming(config):
         result: T = importlib.import_module("actors.judging").run_with_judge(resolved, work)
@@ -153,4 +165,4 @@ def _naming(config: str) -> Iterator[None]:
         yield
     except InputError as error:
         text = str(error)
-        raise InputError(f"{config}: {text}" if text.startswith(("judge", "cluster")) else text) from error
+        raise InputError(f"{config}: {text}" if text.startswith(("judge", "cluster", "policy", "data", "learner")) else text) from error

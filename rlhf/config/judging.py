@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.base import Section
 from rlhf.config.data import Policy
 from rlhf.config.judge import Judge
-from rlhf.config.learner import Learner, Loss, Optimizer
+from rlhf.config.learner import ZERO_0_BF16, Learner, Loss, Optimizer
 from rlhf.config.names import folder_name
 from rlhf.config.system import Checkpoint, Cluster, Monitor
 
@@ -92,3 +92,18 @@ class JudgeTraining(Section):
     @classmethod
     def _folder_name(cls, value: str) -> str:
         return folder_name(value)
+
+    @model_validator(mode="after")
+    def _whole_pairs(self) -> "JudgeTraining":
+        if self.orders == "both" and self.learner.batch_size % 2:
+            raise ValueError(
+                f"learner.batch_size {self.learner.batch_size} with orders both: a step holds both rows of a pair; "
+                "make it even"
+            )
+        if self.learner.epochs != 1:
+            raise ValueError(
+                f"learner.epochs {self.learner.epochs}: passes over the pairs are `epochs` of the training; leave it 1"
+            )
+        if self.learner.zero_stage == 0 and self.policy.dtype == "bfloat16":
+            raise ValueError(ZERO_0_BF16)
+        return self

@@ -7,6 +7,12 @@ from pydantic import Field, model_validator
 from rlhf.config.base import Reserved, Section
 
 
+ZERO_0_BF16 = (
+    "learner.zero_stage 0 with policy.dtype bfloat16 is refused: DeepSpeed's wrapper takes a wrong first Adam step "
+    "there; use learner.zero_stage 1 (the same memory on one rank) or policy.dtype float32"
+)
+
+
 class Optimizer(Section):
     """AdamW and its learning-rate schedule, which runs on the fraction of rounds done."""
 

@@ -6,7 +6,7 @@ from rlhf.config.base import Reserved, Section
 from rlhf.config.data import Policy, Prompts
 from rlhf.config.generator import Generator
 from rlhf.config.judge import Judge, SentimentJudge
-from rlhf.config.learner import Learner
+from rlhf.config.learner import ZERO_0_BF16, Learner
 from rlhf.config.names import folder_name
 from rlhf.config.pairing import Pairing
 from rlhf.config.system import Checkpoint, Cluster, Evaluation, Monitor, Rounds, Sync
@@ -44,10 +44,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _combinations(self) -> "RunConfig":
         if self.learner.zero_stage == 0 and self.policy.dtype == "bfloat16":
-            raise ValueError(
-                "learner.zero_stage 0 with policy.dtype bfloat16 is refused: DeepSpeed's wrapper takes a wrong first "
-                "Adam step there; use learner.zero_stage 1 (the same memory on one rank) or policy.dtype float32"
-            )
+            raise ValueError(ZERO_0_BF16)
         longest = self.prompts.max_tokens + self.generator.sampling.max_tokens
         if longest > self.learner.max_length:
             raise ValueError(

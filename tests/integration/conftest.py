@@ -94,16 +94,17 @@ class System:
         stop: Callable[[Path], bool] | None = None,
         signal_number: int = signal.SIGKILL,
         extra: Sequence[str] = (),
+        command: Sequence[str] = ("train",),
         timeout: float = 240,
     ) -> Run:
         file = self.folder / "config.yaml"
         file.write_text(yaml.safe_dump(self.config))
-        name = next((o.split("=")[1] for o in overrides if o.startswith("name=")), self.config["name"])
-        path = Path(self.config["output_dir"]) / name
+        name = next((o.split("=")[1] for o in overrides if o.startswith("name=")), self.config.get("name", ""))
+        path = Path(self.config.get("output_dir", self.folder)) / name
         out, err = self.folder / "stdout", self.folder / "stderr"
         with out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(
-                [sys.executable, "-m", "rlhf.cli", "train", str(file), *overrides, *extra],
+                [sys.executable, "-m", "rlhf.cli", *command, str(file), *overrides, *extra],
                 stdout=stdout,
                 stderr=stderr,
                 env={**os.environ, "HF_HUB_OFFLINE": "1"},
@@ -118,7 +119,7 @@ class System:
                         process.send_signal(signal_number)
                         stop = None
                     if time.monotonic() > deadline:
-                        raise TimeoutError(f"rlhf train did not end in {timeout} s:\n{err.read_text()[-3000:]}")
+                        raise TimeoutError(f"rlhf {' '.join(command)} did not end in {timeout} s:\n{err.read_text()[-3000:]}")
                     time.sleep(0.02)
             finally:
                 if process.poll() is None:
