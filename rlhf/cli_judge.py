@@ -165,4 +165,5 @@ def _naming(config: str) -> Iterator[None]:
         yield
     except InputError as error:
         text = str(error)
-        raise InputError(f"{config}: {text}" if text.startswith(("judge", "cluster", "policy", "data", "learner")) else text) from error
+        ours = text.startswith(("judge", "cluster", "policy", "data", "learner"))
+        raise InputError(f"{config}: {text}" if ours else text) from error

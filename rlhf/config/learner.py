@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from rlhf.config.base import Reserved, Section
 
-
 ZERO_0_BF16 = (
     "learner.zero_stage 0 with policy.dtype bfloat16 is refused: DeepSpeed's wrapper takes a wrong first Adam step "
     "there; use learner.zero_stage 1 (the same memory on one rank) or policy.dtype float32"

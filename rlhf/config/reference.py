@@ -1,4 +1,4 @@
-"""Generates docs/configuration.md and configs/config.schema.json from the models: `python -m rlhf.config.reference`."""
+"""Generates docs/configuration.md and the JSON schemas of configs/: `python -m rlhf.config.reference`."""
 
 import json
 import types
@@ -10,10 +10,19 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rlhf.config.judging import JudgeRun, JudgeTraining
 from rlhf.config.run import RunConfig
 
 PAGE = Path("docs/configuration.md")
-SCHEMA = Path("configs/config.schema.json")
+SCHEMAS: dict[Path, type[BaseModel]] = {
+    Path("configs/config.schema.json"): RunConfig,
+    Path("configs/judge-train.schema.json"): JudgeTraining,
+    Path("configs/judges/judge.schema.json"): JudgeRun,
+}
+_OTHERS = (
+    ("`rlhf judge train`", JudgeTraining),
+    ("`rlhf judge score` and `rlhf judge bench`", JudgeRun),
+)
 _INTRODUCTION = """\
 # Configuration
 
@@ -31,6 +40,7 @@ One YAML file describes a run. `rlhf validate CONFIG` prints it with every defau
 - Secrets (the W&B key, Hugging Face tokens) come from the environment only.
 - Editors with a YAML language server complete and check the keys where the file starts with
   `# yaml-language-server: $schema=config.schema.json` (a path relative to the file).
+- A section that stands in several places (a judge, for one) is described once, where it comes first.
 
 A run that exists may be resumed with other values of the keys that do not touch what has been sampled or trained
 (folders, monitoring, deadlines, replicas, the number of rounds); a change of any other key is refused.
@@ -40,28 +50,34 @@ _SYMBOLS = (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))
 
 def reference() -> str:
     """The text of docs/configuration.md."""
-    blocks, first = [_INTRODUCTION], dict[type[BaseModel], str]()
-    for path, model in _sections("", RunConfig):
-        if model in first:
-            blocks.append(f"## `{path}`\n\nThe keys of `{first[model]}`.\n")
-        else:
-            first[model] = path
-            blocks.append(_block(path, model))
+    seen: set[type[BaseModel]] = set()
+    blocks = [_INTRODUCTION, *_blocks(RunConfig, seen)]
+    for title, model in _OTHERS:
+        blocks += [f"# {title}\n", *_blocks(model, seen)]
     return "\n".join(blocks)
 
 
-def schema() -> str:
-    """The text of configs/config.schema.json."""
-    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **RunConfig.model_json_schema()}
+def _blocks(top: type[BaseModel], seen: set[type[BaseModel]]) -> Iterator[str]:
+    """A block for each section that is not in `seen` yet."""
+    for path, model in _sections("", top):
+        if model not in seen:
+            seen.add(model)
+            yield _block(path, model)
+
+
+def schema(model: type[BaseModel] = RunConfig) -> str:
+    """The text of a model's JSON schema."""
+    document = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
 def write() -> list[Path]:
-    """Write both files below the current folder; returns their paths."""
-    for path, text in ((PAGE, reference()), (SCHEMA, schema())):
+    """Write all files below the current folder; returns their paths."""
+    texts = {PAGE: reference()} | {path: schema(model) for path, model in SCHEMAS.items()}
+    for path, text in texts.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    return [PAGE, SCHEMA]
+    return list(texts)
 
 
 def _sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
@@ -70,7 +86,7 @@ def _sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[Bas
     for name, field in model.model_fields.items():
         members = _models(field.annotation)
         for member in members:
-            key = f"{path}.{name}".lstrip(".")
+            key = f"{path}.{name}".lstrip(".") + ("[]" if get_origin(field.annotation) is tuple else "")
             if len(members) > 1:
                 key += f" (type: {get_args(member.model_fields['type'].annotation)[0]})"
             yield from _sections(key, member)
@@ -79,7 +95,7 @@ def _sections(path: str, model: type[BaseModel]) -> Iterator[tuple[str, type[Bas
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+    if get_origin(annotation) in (Union, types.UnionType, Annotated, tuple):
         return [model for option in get_args(annotation) for model in _models(option)]
     return []
 
@@ -124,10 +140,10 @@ def _name(annotation: Any) -> str:
         return " or ".join([*([section] if models else []), *others])
     if origin is Annotated:
         return _name(options[0])
-    if _models(annotation):
-        return "section"
     if origin is tuple:
         return f"list of {_name(options[0])}" + ("" if options[-1] is Ellipsis else f", {len(options)} of them")
+    if _models(annotation):
+        return "section"
     if origin is dict:
         return "mapping"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}[annotation]
