@@ -6,6 +6,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
+from email.utils import formatdate
 from typing import Any
 
 import pytest
@@ -74,6 +75,30 @@ async def test_endless_retry_after_is_capped(monkeypatch: pytest.MonkeyPatch) ->
         [verdict] = await endpoint.judge(retries=1).compare([comparison()])
     assert_invalid(verdict, "HTTP 503")
     assert 0.15 < time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("header", "low", "high"),
+    [
+        (None, None, None),
+        ("soon", None, None),
+        ("Mon, 99 Jan 99999 00:00:00 GMT", None, None),
+        ("nan", None, None),
+        ("-3", 0, 0),
+        ("2.5", 2.5, 2.5),
+        ("1e400", 60, 60),
+    ],
+)
+def test_retry_after_is_read_in_seconds(header: str | None, low: float | None, high: float | None) -> None:
+    seconds = client._seconds(header)
+    assert seconds is None if low is None or high is None else low <= (seconds or 0) <= high
+
+
+def test_retry_after_is_read_as_a_date() -> None:
+    seconds = client._seconds(formatdate(time.time() + 20, usegmt=True))
+    assert seconds is not None
+    assert 15 < seconds <= 20
+    assert client._seconds(formatdate(time.time() - 20, usegmt=True)) == 0
 
 
 def raw(text: str, kind: str = "application/json") -> Callable[[], web.Response]:

@@ -1,10 +1,13 @@
 """One endpoint: bounded concurrency, retries with back-off, a budget; every fault becomes a `Failure`."""
 
 import asyncio
+import math
 import os
 import re
+import time
 from contextlib import suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -242,12 +245,17 @@ def _meaning(status: int) -> str:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After` in seconds, capped; None when absent or a date, for then the usual back-off serves."""
-    try:
-        seconds = float(retry_after or "")
-    except ValueError:
+    """`Retry-After`, which is seconds or a date, in seconds from now and capped; None where there is none to read."""
+    if not retry_after:
         return None
-    return min(seconds, MAX_RETRY_AFTER_S) if seconds >= 0 else None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), MAX_RETRY_AFTER_S)
 
 
 def _outcome(state: RetryCallState) -> Any:

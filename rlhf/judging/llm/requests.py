@@ -21,8 +21,8 @@ def letter_fields(config: LLMConfig) -> Fields:
 def structured_fields(config: LLMConfig, names: Sequence[str]) -> Fields:
     """An answer bound to the JSON schema of the names."""
     schema = {"name": "verdict", "strict": True, "schema": answer_schema(names)}
-    format = {"type": "json_schema", "json_schema": schema}
-    return _common(config, config.max_completion_tokens) | {"response_format": format}
+    common = _common(config, config.max_completion_tokens)
+    return common | {"response_format": {"type": "json_schema", "json_schema": schema}}
 
 
 def _common(config: LLMConfig, limit: int) -> Fields:
