@@ -3,8 +3,8 @@
 import time
 from collections.abc import Mapping
 
+from rlhf.ports import PairSource
 from rlhf.records import SealedRound, SyncReport
-from rlhf.rounds.online import OnlineSource
 
 
 class RoundClock:
@@ -26,7 +26,7 @@ class RoundClock:
 
 
 def round_metrics(
-    source: OnlineSource,
+    source: PairSource,
     statistics: Mapping[str, float],
     sealed: SealedRound,
     synced: SyncReport,
