@@ -4,7 +4,7 @@ from pathlib import Path
 
 from actors.cluster import connect
 from actors.launch import Launcher, Parts
-from actors.session import export_policy, run_session
+from actors.session import export_policy, run_session, stop_on_sigterm
 from actors.weights.transport import build_plane
 from rlhf.config import RunConfig
 from rlhf.data.prompts import PromptOrder
@@ -42,7 +42,7 @@ async def _train(config: RunConfig, inputs: Inputs, run_dir: Path, monitor: Moni
         monitor.alert(f"{run_dir}: all {config.rounds.count} rounds are done; --fresh starts over")
         return
     store = 4 * inputs.model_bytes + (256 << 20)
-    with connect(config.name, config.cluster, store, run_dir) as cluster:
+    with connect(config.name, config.cluster, store, run_dir) as cluster, stop_on_sigterm():
         if cluster.private and cluster.device == "cpu":
             check_memory(make_plan(config).total)
         launcher = Launcher(config, cluster, str(inputs.model.resolve()), inputs.shapes)

@@ -33,7 +33,7 @@ class ActorEngines:
             return TransformersScorer(config, self.device)
         from actors.engine.llm import Engine
 
-        return Engine(self._spec(config))
+        return Engine(self._spec(config, config.max_length + 1))  # one more for the answer
 
     def rewarder(self, config: EngineJudge) -> Rewarder:
         """vLLM's pooling runner, or transformers where the config says so."""
@@ -43,16 +43,16 @@ class ActorEngines:
             return TransformersRewarder(config, self.device)
         from actors.engine.pooling import PoolingEngine
 
-        return PoolingEngine(self._spec(config))
+        return PoolingEngine(self._spec(config, config.max_length))
 
-    def _spec(self, config: EngineJudge) -> "EngineSpec":
+    def _spec(self, config: EngineJudge, max_length: int) -> "EngineSpec":
         from actors.engine.llm import EngineSpec
 
         assert config.path is not None
         return EngineSpec(
             model=config.path,
             dtype=config.dtype,
-            max_length=config.max_length + 1,
+            max_length=max_length,
             tensor_parallel=config.tensor_parallel,
             device=self.device,
             seed=self.seed,

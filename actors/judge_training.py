@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from actors.cluster import connect
 from actors.learner_launch import start_learner
-from actors.session import export_policy, run_session
+from actors.session import export_policy, run_session, stop_on_sigterm
 from rlhf.config import JudgeTraining
 from rlhf.config.system import Rounds
 from rlhf.data.chat import load_tokenizer
@@ -106,7 +106,7 @@ async def _train(config: JudgeTraining, inputs: TrainingInputs, run_dir: Path, m
         rounds,
         config.checkpoint,
     )
-    with connect(config.name, config.cluster, OBJECT_STORE, run_dir) as cluster:
+    with connect(config.name, config.cluster, OBJECT_STORE, run_dir) as cluster, stop_on_sigterm():
         with monitor.progress("load models", config.learner.world_size) as bar:
             learner = await start_learner(job, cluster, config.cluster.deadlines, monitor, bar.advance)
         nobody = NoFleet()

@@ -4,9 +4,10 @@ import asyncio
 import os
 import shutil
 import signal
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rlhf.errors import RLHFError
 from rlhf.files import rename_durable
@@ -28,7 +29,7 @@ def run_session(
     fresh: bool,
     rounds: int,
     notes: Sequence[str],
-    main: Callable[[Path, MonitorGroup], Awaitable[None]],
+    main: Callable[[Path, MonitorGroup], Coroutine[Any, Any, None]],
 ) -> None:
     """Run `main` in the config's run directory to its end, then write the report.
 
@@ -38,15 +39,11 @@ def run_session(
         monitor = build_monitor(config, run_dir, rounds)
         code = 1
 
-        async def guarded() -> None:
-            with stop_on_sigterm():
-                await main(run_dir, monitor)
-
         try:
             for note in notes:
                 monitor.alert(note)
             with _one_error():
-                asyncio.run(guarded())
+                asyncio.run(main(run_dir, monitor))
             code = 0
         finally:
             monitor.close(code)
@@ -65,7 +62,10 @@ async def export_policy(learner: Learner, run_dir: Path, monitor: MonitorGroup) 
 
 @contextmanager
 def stop_on_sigterm() -> Iterator[None]:
-    """SIGTERM cancels the run, which ends after the save under way; a second one ends the process at once."""
+    """SIGTERM cancels the run, which ends after the save under way; a second one ends the process at once.
+
+    Enter it once Ray has been started: Ray puts a handler of its own in place.
+    """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     stopped = False
 

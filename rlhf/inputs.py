@@ -10,7 +10,7 @@ from typing import cast
 import psutil
 
 from rlhf.config import RunConfig
-from rlhf.config.judge import EngineJudge, Judge, PooledJudge, single_judges, with_path
+from rlhf.config.judge import EngineJudge, Judge, PooledJudge, RewardModelJudge, single_judges, with_path
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.prompts import PromptSet, load_eval_prompts, load_prompts
 from rlhf.errors import InputError, RLHFError
@@ -73,7 +73,10 @@ def _check_judge(judge: PooledJudge) -> None:
         assert judge.path is not None
         folder = local_folder(judge.path, "judge.path")
         tensor_shapes(folder, "judge.path")
-        _check_context(folder, judge.max_length + 1, "judge.max_length + 1")
+        if isinstance(judge, RewardModelJudge):
+            _check_context(folder, judge.max_length, "judge.max_length")
+        else:
+            _check_context(folder, judge.max_length + 1, "judge.max_length + 1")
         judge = judge.model_copy(update={"path": str(folder)})
     # Judges check themselves when they are built; the engines behind them are not needed for that.
     build_judge(judge, _NoEngines())
