@@ -111,7 +111,9 @@ async def _train(config: JudgeTraining, inputs: TrainingInputs, run_dir: Path, m
             learner = await start_learner(job, cluster, config.cluster.deadlines, monitor, bar.advance)
         nobody = NoFleet()
         system = System(
-            source=OfflineSource(inputs.rows.segment, ledger, f"data.path = {config.data.path!r}"),
+            source=OfflineSource(
+                inputs.rows.segment, ledger, f"data.path = {config.data.path!r}", 2 if config.orders == "both" else 1
+            ),
             learner=learner,
             plane=nobody,
             fleet=nobody,

@@ -2,9 +2,10 @@
 
     python bench/judge_pairs.py OUT [--samples 8]
 
-OUT/train.jsonl holds pairs of the quickstart's training prompts, OUT/test.jsonl of its held-out prompts (other
-prompts, other responses), OUT/marker-{train,test}.jsonl the plain task: the same texts, one of which holds a marker
-word. A pair's responses differ by 0.5 or more in VADER's compound score, and no response is in two pairs.
+OUT/train.jsonl holds pairs of the quickstart's first 360 training prompts, OUT/test.jsonl of the others and of its
+held-out prompts, so that neither a prompt nor a response is in both; OUT/marker-{train,test}.jsonl the plain task: the
+same texts, one of which holds a marker word. A pair's responses differ by 0.5 or more in VADER's compound score, and
+no response is in two pairs.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from rlhf.rounds.online import sample_requests
 MODEL = "models/smollm2-135m-instruct"
 LEAST_DIFFERENCE = 0.5
 MARKER = "pineapple"
+TRAIN_PROMPTS = 360
 
 
 async def sample(prompts: list[Prompt], samples: int) -> dict[str, list[str]]:
@@ -78,7 +80,8 @@ def main() -> None:
     os.environ.update(engine_environment("cpu", os.cpu_count() or 1))
     config = load_config("configs/quickstart.yaml").prompts
     tokenizer = load_tokenizer(MODEL)
-    sets = {"train": load_prompts(config, tokenizer).prompts, "test": load_eval_prompts(config, tokenizer).prompts}
+    known, held_out = load_prompts(config, tokenizer).prompts, load_eval_prompts(config, tokenizer).prompts
+    sets = {"train": known[:TRAIN_PROMPTS], "test": known[TRAIN_PROMPTS:] + held_out}
     texts = asyncio.run(sample([prompt for prompts in sets.values() for prompt in prompts], options.samples))
     options.out.mkdir(parents=True, exist_ok=True)
     for name, prompts in sets.items():

@@ -140,13 +140,15 @@ class Pair:
 class SealedRound:
     """The pairs of a round as read back from disk, with the digest they were sealed under.
 
-    `ordered` says that they are to be trained as they come; otherwise the learner shuffles them.
+    `ordered` says that they are to be trained as they come; otherwise the learner shuffles them. Of `group` neighbours
+    none may be trained without the others in the same micro-batch.
     """
 
     round: int
     pairs: tuple[Pair, ...]
     digest: str
     ordered: bool = False
+    group: int = 1
 
 
 @dataclass(frozen=True, slots=True)

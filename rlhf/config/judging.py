@@ -53,6 +53,17 @@ class JudgeLoss(Loss):
         "and `B` only.",
     )
     beta: float = Field(1.0, gt=0, description="choice only: sharpness of the softmax over the two answers.")
+    average: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="With orders both: the first share of the training in which the loss takes the mean log-probs of "
+        "both orders, where a preference for a place cancels; afterwards each order counts for itself.",
+    )
+
+    def averages(self, fraction: float) -> bool:
+        """See `average`."""
+        return fraction < self.average
 
 
 class JudgeLearner(Learner):
@@ -99,6 +110,16 @@ class JudgeTraining(Section):
             raise ValueError(
                 f"learner.batch_size {self.learner.batch_size} with orders both: a step holds both rows of a pair; "
                 "make it even"
+            )
+        if self.orders == "random" and self.learner.loss.average:
+            raise ValueError(
+                f"learner.loss.average {self.learner.loss.average:g} with orders random: there is one order of a pair; "
+                "set orders both, or average 0"
+            )
+        if self.orders == "both" and self.learner.micro_batch_size % 2:
+            raise ValueError(
+                f"learner.micro_batch_size {self.learner.micro_batch_size} with orders both: both rows of a pair are "
+                "computed together; make it even"
             )
         if self.learner.epochs != 1:
             raise ValueError(

@@ -32,6 +32,10 @@ class Loss(Section):
     type: Literal["sigmoid"] = Field("sigmoid", description="Sigmoid DPO (Rafailov et al. 2023).")
     beta: float = Field(0.1, gt=0, description="Inverse temperature of the implicit reward.")
 
+    def averages(self, fraction: float) -> bool:
+        """Does the loss take the mean log-probs of a group when `fraction` of the training is done?"""
+        return False
+
 
 class Reference(Section):
     """The policy that the implicit reward is measured against."""

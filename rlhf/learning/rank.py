@@ -25,7 +25,7 @@ from rlhf.learning.reference import InitialReference, NoReference, ReferencePoli
 from rlhf.learning.rng import restore_rng, rng_state, seed_all
 from rlhf.learning.schedule import fraction_done, learning_rate
 from rlhf.learning.setup import Setup
-from rlhf.learning.steps import Mismatch, StepRunner
+from rlhf.learning.steps import Grouping, Mismatch, StepRunner
 from rlhf.records import Pair, SealedRound, StepReport
 
 
@@ -200,10 +200,12 @@ class RankLearner:
         seed = None if sealed.ordered else self._config.seed
         batches = list(step_batches(len(pairs), learner.batch_size, learner.epochs, seed, round))
         for number, indices in enumerate(batches):
-            lr = learning_rate(learner.optimizer, fraction_done(round, number, len(batches), rounds))
+            fraction = fraction_done(round, number, len(batches), rounds)
             # Only before the round's first update is the policy the version that sampled.
             first = mismatch if number == 0 else None
-            metrics = self._steps.step([pairs[i] for i in indices], reference[indices], lr, first)
+            grouping = Grouping(sealed.group, learner.loss.averages(fraction))
+            lr = learning_rate(learner.optimizer, fraction)
+            metrics = self._steps.step([pairs[i] for i in indices], reference[indices], lr, first, grouping)
             self._step += 1
             yield StepReport(round, self._step, metrics)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from rlhf.learning.batch import Batch, build_batch
+from rlhf.learning.batch import build_batch
 from rlhf.learning.engine import TrainEngine
 from rlhf.learning.losses import REFERENCE_FREE, preference_loss
 from rlhf.learning.plan import plan_micro_batches
@@ -61,6 +61,27 @@ class Mismatch:
         return {"mismatch/kl": total / tokens, "mismatch/max": largest.item()} if tokens else {}
 
 
+@dataclass(frozen=True, slots=True)
+class Grouping:
+    """`size` neighbouring pairs belong together; with `average` the loss sees the mean of their log-probs."""
+
+    size: int = 1
+    average: bool = False
+
+    def plan(self, costs: Sequence[int], setup: Setup) -> list[list[int]]:
+        """This rank's micro-batches of pairs that cost `costs`, groups kept whole; see `plan_micro_batches`."""
+        units = [sum(costs[start : start + self.size]) for start in range(0, len(costs), self.size)]
+        micros = plan_micro_batches(units, setup.world_size, setup.rank, setup.learner.micro_batch_size // self.size)
+        return [[unit * self.size + place for unit in micro for place in range(self.size)] for micro in micros]
+
+    def reduce(self, values: torch.Tensor) -> torch.Tensor:
+        """[n, 2] from [n, 2]: means over each group in its members' places where the loss averages."""
+        if not self.average or self.size == 1:
+            return values
+        means = values.view(-1, self.size, 2).mean(1, keepdim=True)
+        return means.expand(-1, self.size, 2).reshape(values.shape)
+
+
 @dataclass(slots=True)
 class StepRunner:
     """Takes optimizer steps with an engine."""
@@ -71,7 +92,12 @@ class StepRunner:
     skipped: int = field(default=0)
 
     def step(
-        self, pairs: Sequence[Pair], reference: torch.Tensor, lr: float, mismatch: Mismatch | None = None
+        self,
+        pairs: Sequence[Pair],
+        reference: torch.Tensor,
+        lr: float,
+        mismatch: Mismatch | None = None,
+        grouping: Grouping = Grouping(),
     ) -> dict[str, float]:
         """One step on `pairs` with their reference log-probs [n, 2]; every rank calls with the same arguments.
 
@@ -79,9 +105,7 @@ class StepRunner:
         the loss or the gradient is not finite no step is taken: `train/skipped` is 1, what is not finite is left out.
         """
         setup, beta = self.setup, self.beta.beta()
-        micros = plan_micro_batches(
-            [setup.cost(pair) for pair in pairs], setup.world_size, setup.rank, setup.learner.micro_batch_size
-        )
+        micros = grouping.plan([setup.cost(pair) for pair in pairs], setup)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=setup.device)
         for number, micro in enumerate(micros):
             chosen = [pairs[index] for index in micro] or [setup.filler(pairs)]
@@ -90,7 +114,7 @@ class StepRunner:
             logprobs = self.engine(batch)
             if micro:
                 scale = setup.world_size / len(pairs)
-                loss, partial = self._loss(batch, logprobs, reference[micro], beta, scale)
+                loss, partial = self._loss(batch.sums(logprobs), reference[micro], beta, scale, grouping)
                 sums += partial
                 if mismatch is not None:
                     mismatch.observe(chosen, batch.per_sequence(logprobs))
@@ -102,12 +126,14 @@ class StepRunner:
         return self._metrics(dict(zip(SUMS, sums.tolist(), strict=True)), len(pairs), beta, lr, norm, stepped)
 
     def _loss(
-        self, batch: Batch, logprobs: torch.Tensor, reference: torch.Tensor, beta: float, scale: float
+        self, policy: torch.Tensor, reference: torch.Tensor, beta: float, scale: float, grouping: Grouping
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The micro-batch's part of the loss, and its sums in the order of `SUMS`."""
-        policy = batch.sums(logprobs)
         losses, chosen, rejected = preference_loss(
-            self.setup.learner.loss.type, *policy.unbind(1), *reference.unbind(1), beta=beta
+            self.setup.learner.loss.type,
+            *grouping.reduce(policy).unbind(1),
+            *grouping.reduce(reference).unbind(1),
+            beta=beta,
         )
         logratios = (policy - reference).detach().double()
         values = (

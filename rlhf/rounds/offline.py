@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rlhf.config.data import Policy
 from rlhf.config.learner import Learner
@@ -27,8 +27,12 @@ class OfflineJob:
 class OfflineSource:
     """Seals segment r of the data as round r, in training order."""
 
-    def __init__(self, segment: Callable[[int], list[Pair]], ledger: Ledger, data: str) -> None:
-        """`segment(round)` gives the same pairs whenever it is asked; `data` names them in an error."""
+    def __init__(self, segment: Callable[[int], list[Pair]], ledger: Ledger, data: str, group: int = 1) -> None:
+        """`segment(round)` gives the same pairs whenever it is asked; `data` names them in an error.
+
+        Each `group` neighbours are trained in one micro-batch.
+        """
+        self._group = group
         self._segment = segment
         self._ledger = ledger
         self._data = data
@@ -50,7 +54,7 @@ class OfflineSource:
             self._ledger.commit(round, RoundState.SEALED, {"pairs": {"sha256": digest, "count": len(pairs)}})
         digest = self._ledger.manifest(round)["pairs"]["sha256"]
         sealed = read_sealed(folder / "pairs.parquet", round, digest)
-        return {"offline": SealedRound(sealed.round, sealed.pairs, sealed.digest, ordered=True)}
+        return {"offline": replace(sealed, ordered=True, group=self._group)}
 
     def metrics(self, round: int) -> tuple[dict[str, float], list[str]]:
         """How many pairs the segment holds."""
