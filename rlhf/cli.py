@@ -3,8 +3,7 @@
 import importlib
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +12,7 @@ import typer
 from rlhf import __version__
 from rlhf.cli_judge import judge_app
 from rlhf.config import load_config
-from rlhf.errors import InputError, RLHFError
+from rlhf.errors import RLHFError, naming
 
 app = typer.Typer(
     name="rlhf",
@@ -38,7 +37,7 @@ def train(
 ) -> None:
     """Run to the end, or resume a run directory that is not finished."""
     resolved = load_config(config, overrides or ())
-    with _naming(config):
+    with naming(config):
         importlib.import_module("actors.app").train(resolved, fresh=fresh)
 
 
@@ -51,7 +50,7 @@ def validate(config: Config, overrides: Overrides = None) -> None:
     from rlhf.planning import check_inputs, make_plan, show_plan
 
     resolved = load_config(config, overrides or ())
-    with _naming(config):
+    with naming(config):
         notes = check_inputs(resolved)
         plan = make_plan(resolved)
     print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
@@ -128,16 +127,6 @@ def _terminate(number: int, frame: Any) -> None:
 def _fail(message: str, code: int) -> None:
     print(f"rlhf: {message}", file=sys.stderr)
     raise SystemExit(code)
-
-
-@contextmanager
-def _naming(config: str) -> Iterator[None]:
-    """Put the config's file name before a complaint about one of its keys."""
-    try:
-        yield
-    except InputError as error:
-        text = str(error)
-        raise InputError(text if text.startswith(config) else f"{config}: {text}") from error
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import typer
 
 from rlhf.config import JudgeRun, load_judge_config, load_judge_training
-from rlhf.errors import InputError
+from rlhf.errors import InputError, naming
 
 if TYPE_CHECKING:
     from rich.progress import Task
@@ -89,7 +89,7 @@ def score(
     from rlhf.judging import score_file
 
     resolved = load_judge_config(config, overrides or ())
-    with _naming(config):
+    with naming(config):
         identity = _identity(resolved)
     with score_file.open_job(input, output, identity, skip_bad=skip_bad) as job:
         if job.done == job.total:
@@ -113,12 +113,12 @@ def train(
 ) -> None:
     """Train a pair-preference judge on preference pairs, or go on with a training that is not finished."""
     resolved = load_judge_training(config, overrides or ())
-    with _naming(config):
+    with naming(config):
         importlib.import_module("actors.judge_training").train_judge(resolved, fresh=fresh)
 
 
 def _with_judge(config: str, resolved: JudgeRun, work: Callable[["Judge"], Awaitable[T]]) -> T:
-    with _naming(config):
+    with naming(config):
         result: T = importlib.import_module("actors.judging").run_with_judge(resolved, work)
     return result
 
@@ -156,14 +156,3 @@ def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int], None
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(name, total=total, completed=done)
         yield lambda amount: bar.advance(task, amount)
-
-
-@contextmanager
-def _naming(config: str) -> Iterator[None]:
-    """Put the config's file name before a complaint about one of its keys."""
-    try:
-        yield
-    except InputError as error:
-        text = str(error)
-        ours = text.startswith(("judge", "cluster", "policy", "data", "learner"))
-        raise InputError(f"{config}: {text}" if ours else text) from error

@@ -1,5 +1,8 @@
 """Errors that a user can act on. Everything else propagates with its traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class RLHFError(Exception):
     """A failed run with a message that is complete in one line; the command exits with 1."""
@@ -23,3 +26,13 @@ class PayloadError(RLHFError):
 
 class EngineLostError(RLHFError):
     """An engine failed while loading weights: it cannot be rolled back and has to be replaced."""
+
+
+@contextmanager
+def naming(config: str) -> Iterator[None]:
+    """Put the config's file name before a complaint about one of its keys."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        raise InputError(text if text.startswith(config) else f"{config}: {text}") from error

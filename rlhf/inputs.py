@@ -64,7 +64,7 @@ def check_judges(judges: Mapping[str, Judge]) -> None:
     """
     for top, judge in judges.items():
         for key, single in single_judges(judge, top):
-            with naming(key):
+            with _under(key):
                 _check_judge(single)
 
 
@@ -93,7 +93,7 @@ class _NoEngines:
 
 
 @contextmanager
-def naming(key: str) -> Iterator[None]:
+def _under(key: str) -> Iterator[None]:
     """Judges call their own keys `judge.*`; a complaint gets the key under which the config has them."""
     try:
         yield

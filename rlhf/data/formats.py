@@ -97,6 +97,21 @@ def parse_dialogue(text: str) -> Conversation | None:
     )
 
 
+def message_list(value: Any) -> Conversation | None:
+    """A list of {role, content}, both text, as messages; None for anything else."""
+    if not isinstance(value, list):
+        return None
+    turns = []
+    for item in value:
+        if not isinstance(item, Mapping):
+            return None
+        role, content = item.get("role"), item.get("content")
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        turns.append(Message(role=role, content=content))
+    return tuple(turns)
+
+
 def _first(rows: Sequence[Mapping[str, Any]], column: str) -> Any:
     return next((row[column] for row in rows if row.get(column) is not None), None)
 
@@ -111,16 +126,9 @@ def _from_messages(value: Any) -> Conversation | None:
             value = json.loads(value)
         except json.JSONDecodeError:
             return None
-    if not isinstance(value, list):
+    turns = message_list(value)
+    if turns is None:
         return None
-    turns = []
-    for item in value:
-        if not isinstance(item, Mapping):
-            return None
-        role, content = item.get("role"), item.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            return None
-        turns.append(Message(role=role, content=content))
     return _checked(turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns)
 
 

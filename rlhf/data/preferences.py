@@ -1,10 +1,10 @@
 """Preference sets: rows of any common layout as a conversation, a chosen and a rejected response."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.data.formats import parse_dialogue
+from rlhf.data.formats import message_list, parse_dialogue
 from rlhf.data.prompts import content_hash
 from rlhf.data.rows import Row, load_rows
 from rlhf.errors import InputError
@@ -183,7 +183,7 @@ def _implicit(row: Row) -> _Sides | str:
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
         return _split_texts(chosen, rejected)
-    left, right = _turns(chosen), _turns(rejected)
+    left, right = message_list(chosen), message_list(rejected)
     if not left or not right:
         return "malformed"
     return _split_dialogues(left, right)
@@ -245,30 +245,15 @@ def alternates(messages: Sequence[Message]) -> bool:
 
 def read_prompt(value: Any) -> tuple[Message, ...] | None:
     """A prompt that is text or a non-empty list of {role, content}; None for anything else."""
-    return (Message(role="user", content=value),) if isinstance(value, str) else _turns(value)
+    return (Message(role="user", content=value),) if isinstance(value, str) else message_list(value) or None
 
 
 def _answer(value: Any) -> tuple[tuple[Message, ...], str] | None:
     """The turns in front of a response, if any, and its text; None unless it is the assistant's."""
     if isinstance(value, str):
         return (), value
-    turns = _turns(value)
+    turns = message_list(value)
     return (turns[:-1], turns[-1]["content"]) if turns and turns[-1]["role"] == "assistant" else None
-
-
-def _turns(value: Any) -> tuple[Message, ...] | None:
-    """A non-empty list of {role, content} as messages; anything else is None."""
-    if not isinstance(value, list) or not value:
-        return None
-    turns = []
-    for item in value:
-        if not isinstance(item, Mapping):
-            return None
-        role, content = item.get("role"), item.get("content")
-        if not isinstance(role, str) or not isinstance(content, str):
-            return None
-        turns.append(Message(role=role, content=content))
-    return tuple(turns)
 
 
 _PARSERS: dict[str, Callable[[Row], _Sides | str]] = {
