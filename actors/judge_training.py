@@ -1,5 +1,6 @@
 """`rlhf judge train`: a pair-preference judge from preference pairs, by the learners that train policies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from rlhf.config import JudgeTraining
 from rlhf.config.system import Rounds
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.preferences import PreferenceExample, load_preferences
+from rlhf.data.prompts import content_hash
 from rlhf.errors import InputError
 from rlhf.evaluation.judge_accuracy import JudgeAccuracy
 from rlhf.judging.pair_prompt import PairPrompt
@@ -59,19 +61,20 @@ def read_training_inputs(config: JudgeTraining) -> TrainingInputs:
     notes: list[str] = []
     examples = _load(config.data, "data", notes)
     if config.data.held_out is not None:
-        held_out = _load(config.data.held_out, "data.held_out", notes)
-        seen = {example.uid for example in held_out}
-        examples = tuple(example for example in examples if example.uid not in seen)
+        held_out, known = _load(config.data.held_out, "data.held_out", notes), examples
     else:
-        count = config.data.held_out_count
-        if count >= len(examples):
-            raise InputError(
-                f"data.held_out_count = {count}: {config.data.path} has {len(examples)} usable pairs, which leaves "
-                "none to train on; lower it"
-            )
-        examples, held_out = examples[: len(examples) - count], examples[len(examples) - count :]
+        split = max(0, len(examples) - config.data.held_out_count)
+        held_out, known = examples[split:], examples[:split]
+    train = without_conversations(known, held_out)
+    if len(train) < len(known):
+        notes.append(f"data: {len(known) - len(train)} pairs left out: their conversations are held out")
+    if not train:
+        raise InputError(
+            f"data.path = {config.data.path!r}: of {len(examples)} usable pairs none is left to train on; hold out "
+            f"fewer (data.held_out_count = {config.data.held_out_count}) or others"
+        )
     rows = JudgeRows(
-        examples,
+        train,
         prompt,
         both_orders=config.orders == "both",
         seed=config.seed,
@@ -79,11 +82,15 @@ def read_training_inputs(config: JudgeTraining) -> TrainingInputs:
         batch_size=config.learner.batch_size,
         steps=config.checkpoint_steps,
     )
-    if not len(rows):
-        raise InputError(f"data.path = {config.data.path!r}: no pair fits learner.max_length; raise it")
-    if rows.dropped:
-        notes.append(f"data: {rows.dropped} pairs left out: their responses alone exceed learner.max_length")
     return TrainingInputs(model, prompt, rows, held_out, tuple(notes))
+
+
+def without_conversations(
+    examples: Sequence[PreferenceExample], held_out: Sequence[PreferenceExample]
+) -> tuple[PreferenceExample, ...]:
+    """The examples whose conversation none of `held_out` has: other responses to it would give its answers away."""
+    taken = {content_hash(example.messages) for example in held_out}
+    return tuple(example for example in examples if content_hash(example.messages) not in taken)
 
 
 def _load(data: "PreferenceData", key: str, notes: list[str]) -> tuple[PreferenceExample, ...]:
@@ -101,7 +108,7 @@ async def _train(config: JudgeTraining, inputs: TrainingInputs, run_dir: Path, m
         return
     job = OfflineJob(
         config.policy.model_copy(update={"path": str(inputs.model.resolve())}),
-        config.learner,
+        config.warmed_up(rounds.count),
         config.seed,
         rounds,
         config.checkpoint,
@@ -110,6 +117,9 @@ async def _train(config: JudgeTraining, inputs: TrainingInputs, run_dir: Path, m
         with monitor.progress("load models", config.learner.world_size) as bar:
             learner = await start_learner(job, cluster, config.cluster.deadlines, monitor, bar.advance)
         nobody = NoFleet()
+        evaluator = JudgeAccuracy(inputs.held_out, inputs.prompt, learner, monitor, run_dir / "evaluation")
+        if evaluator.left_out:
+            monitor.alert(f"{evaluator.left_out} held-out pairs cannot be judged: too long, or with control tokens")
         system = System(
             source=OfflineSource(
                 inputs.rows.segment, ledger, f"data.path = {config.data.path!r}", 2 if config.orders == "both" else 1
@@ -119,7 +129,7 @@ async def _train(config: JudgeTraining, inputs: TrainingInputs, run_dir: Path, m
             fleet=nobody,
             ledger=ledger,
             checkpoints=CheckpointStore(run_dir, config.checkpoint.keep),
-            evaluator=JudgeAccuracy(inputs.held_out, inputs.prompt, learner, monitor, run_dir / "evaluation"),
+            evaluator=evaluator,
             monitor=monitor,
         )
         await run_rounds(system, job)

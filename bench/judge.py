@@ -23,7 +23,7 @@ from rlhf.config.system import Cluster
 from rlhf.data.preferences import load_preferences
 from rlhf.judging.build import judge_tokenizer
 from rlhf.judging.pair_model import PairModelJudge as Judge
-from rlhf.judging.training import comparison, encode_orders
+from rlhf.judging.training import comparison, encode_examples
 from rlhf.records import Comparison
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     )
     prompt = Judge(config, None, judge_tokenizer(config)).prompt  # type: ignore[arg-type]
     examples = load_preferences(options.pairs).examples[: options.count]
-    prompts = [ids for example in examples for ids in encode_orders(example, prompt) or ()]
+    prompts = [ids for orders in encode_examples(examples, prompt) for ids in orders or ()]
     tokens = sum(map(len, prompts))
     with connect("bench-judge", Cluster(), 256 << 20) as cluster:
         environment = {"env_vars": engine_environment(cluster.device, cluster.threads(None))}

@@ -93,6 +93,9 @@ class JudgeTraining(Section):
         "optimizer step.",
     )
     epochs: int = Field(1, ge=1, description="Passes over the pairs.")
+    warmup_steps: int | None = Field(
+        None, ge=0, description="Optimizer steps of linear warm-up; null goes by `learner.optimizer.warmup_ratio`."
+    )
     checkpoint_steps: int = Field(100, ge=1, description="Optimizer steps between checkpoints and evaluations.")
     learner: JudgeLearner = Field(default_factory=lambda: JudgeLearner(), description="The learner.")
     checkpoint: Checkpoint = Field(default_factory=lambda: Checkpoint(), description="Checkpoints.")
@@ -103,6 +106,14 @@ class JudgeTraining(Section):
     @classmethod
     def _folder_name(cls, value: str) -> str:
         return folder_name(value)
+
+    def warmed_up(self, segments: int) -> JudgeLearner:
+        """The learner with `warmup_steps` as a share of `segments` of `checkpoint_steps` steps each."""
+        if self.warmup_steps is None:
+            return self.learner
+        share = min(self.warmup_steps / (segments * self.checkpoint_steps), 0.999)
+        optimizer = self.learner.optimizer.model_copy(update={"warmup_ratio": share})
+        return self.learner.model_copy(update={"optimizer": optimizer})
 
     @model_validator(mode="after")
     def _whole_pairs(self) -> "JudgeTraining":

@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.data.preferences import PreferenceExample
+from rlhf.errors import RLHFError
 from rlhf.evaluation.winrate import bootstrap_interval, win_rate
 from rlhf.files import write_json
 from rlhf.judging.health import judge_metrics
 from rlhf.judging.pair_prompt import PairPrompt
-from rlhf.judging.training import answer_rows, comparison, encode_orders
+from rlhf.judging.training import answer_rows, comparison, encode_examples
 from rlhf.judging.verdicts import make_verdict, sigmoid
 from rlhf.ports import Learner, Monitor
-from rlhf.records import Verdict
+from rlhf.records import Verdict, VerdictState
 
 
 class JudgeAccuracy:
@@ -26,8 +27,9 @@ class JudgeAccuracy:
         folder: Path,
     ) -> None:
         """Results go to `folder`, a file a round, written last: it marks the round as evaluated."""
-        encoded = [(example, encode_orders(example, prompt)) for example in examples]
+        encoded = zip(examples, encode_examples(examples, prompt), strict=True)
         self._items = [(example, orders) for example, orders in encoded if orders is not None]
+        self.left_out = len(examples) - len(self._items)
         self._answers = prompt.answer_ids
         self._learner = learner
         self._monitor = monitor
@@ -67,13 +69,19 @@ class JudgeAccuracy:
 
 
 def accuracy_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Metrics of verdicts whose A is the preferred response.
+    """Metrics of verdicts whose A is the preferred response, over the valid ones.
 
     `eval/accuracy` goes by p averaged over both orders (one half counts half) and has a 95 % interval;
     `eval/accuracy_strict` counts a verdict that flips with the order as half right; `eval/brier` is the mean of
-    (1 - p)².
+    (1 - p)². Raises `RLHFError` if no verdict is valid.
     """
-    averaged = [[1.0 if verdict.p > 0.5 else 0.5 if verdict.p == 0.5 else 0.0] for verdict in verdicts]
+    valid = [verdict for verdict in verdicts if verdict.state is not VerdictState.INVALID]
+    if not valid:
+        raise RLHFError(
+            f"the judge gives no finite answer to any of {len(verdicts)} held-out pairs: the training has diverged; "
+            "lower learner.optimizer.lr and start over with --fresh"
+        )
+    averaged = [[1.0 if verdict.p > 0.5 else 0.5 if verdict.p == 0.5 else 0.0] for verdict in valid]
     low, high = bootstrap_interval(averaged)
     health = judge_metrics(verdicts)
     return {
@@ -83,5 +91,6 @@ def accuracy_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
         "eval/accuracy_strict": win_rate(verdicts).win_rate,
         "eval/flip_rate": health["judge/flip_rate"],
         "eval/length_bias": health["judge/length_bias"],
-        "eval/brier": sum((1.0 - verdict.p) ** 2 for verdict in verdicts) / len(verdicts),
+        "eval/brier": sum((1.0 - verdict.p) ** 2 for verdict in valid) / len(valid),
+        "eval/invalid_rate": health["judge/invalid_rate"],
     }

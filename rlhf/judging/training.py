@@ -6,6 +6,7 @@ is on the answer alone and padding has no part in it.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,16 +21,27 @@ def comparison(example: PreferenceExample) -> Comparison:
     return Comparison(example.uid, example.messages, example.chosen, example.rejected)
 
 
-def encode_orders(example: PreferenceExample, prompt: PairPrompt) -> list[list[int]] | None:
-    """Token ids with the chosen response first, then with it second; a long context is cut from the left.
+def encode_examples(examples: Sequence[PreferenceExample], prompt: PairPrompt) -> list[list[list[int]] | None]:
+    """Token ids of each example with the chosen response first and with it second; a long context is cut from the left.
 
-    None where the responses alone are too long or a text spells out a control token.
+    None where the responses alone are too long or a text spells out a control token. One call of the tokenizer for
+    all that fit.
     """
-    item = comparison(example)
-    if prompt.control_token(item):
-        return None
-    orders = prompt.encode_orders(item, format_context(item.messages))
-    return orders if prompt.fits(orders) else prompt.truncate(item)
+    items = [comparison(example) for example in examples]
+    usable = [item for item in items if prompt.control_token(item) is None]
+    texts = [
+        prompt.render(format_context(item.messages), first, second)
+        for item in usable
+        for first, second in ((item.a, item.b), (item.b, item.a))
+    ]
+    ids = prompt.encode(texts) if texts else []
+    orders = {item.uid: ids[2 * place : 2 * place + 2] for place, item in enumerate(usable)}
+
+    def fitting(item: Comparison) -> list[list[int]] | None:
+        found = orders.get(item.uid)
+        return found if found is None or prompt.fits(found) else prompt.truncate(item)
+
+    return [fitting(item) for item in items]
 
 
 def answer_rows(uid: str, orders: Sequence[Sequence[int]], answers: tuple[int, int], round: int) -> tuple[Pair, Pair]:
@@ -57,7 +69,7 @@ class JudgeRows:
     """The training rows of all epochs, cut into segments of a fixed number of optimizer steps.
 
     The order of an epoch and the side of each pair are drawn from the seed, so a segment is the same whenever it is
-    asked for.
+    asked for. Nothing is encoded before its segment is due.
     """
 
     def __init__(
@@ -71,39 +83,39 @@ class JudgeRows:
         batch_size: int,
         steps: int,
     ) -> None:
-        """`batch_size` rows a step, `steps` steps a segment; `dropped` counts the examples that cannot be judged."""
-        encoded = [(example.uid, encode_orders(example, prompt)) for example in examples]
-        self._usable = [(uid, orders) for uid, orders in encoded if orders is not None]
-        self.dropped = len(encoded) - len(self._usable)
-        self._answers = prompt.answer_ids
+        """`batch_size` rows a step, `steps` steps a segment."""
+        self._examples = examples
+        self._prompt = prompt
         self._both = both_orders
         self._seed = seed
         self._epochs = epochs
         self._per_segment = steps * (batch_size // 2 if both_orders else batch_size)
 
-    def __len__(self) -> int:
-        """Usable examples."""
-        return len(self._usable)
-
     @property
     def segments(self) -> int:
         """Number of segments over all epochs."""
-        return -(-len(self._usable) * self._epochs // self._per_segment)
+        return -(-len(self._examples) * self._epochs // self._per_segment)
 
-    def segment(self, round: int) -> list[Pair]:
-        """Rows of segment `round` (from 1) in training order; with both orders, an example's two rows are neighbours.
+    def segment(self, round: int) -> tuple[list[Pair], int]:
+        """Rows of segment `round` (from 1) in training order, and how many examples could not be judged.
 
-        Their uids begin with their place, which keeps the order in a sealed file.
+        With both orders an example's two rows are neighbours. Uids begin with their place, which keeps the order in
+        a sealed file.
         """
-        size = len(self._usable)
-        start = (round - 1) * self._per_segment
+        size, start = len(self._examples), (round - 1) * self._per_segment
+        orders = lru_cache(self._order)  # a segment touches one or two epochs
+        places = [
+            (place, place // size, self._examples[orders(place // size)[place % size]])
+            for place in range(start, min(start + self._per_segment, size * self._epochs))
+        ]
         rows: list[Pair] = []
-        for place in range(start, min(start + self._per_segment, size * self._epochs)):
-            epoch, offset = divmod(place, size)
-            uid, orders = self._usable[self._order(epoch)[offset]]
-            both = answer_rows(f"{place:08d}-{uid}", orders, self._answers, round)
-            rows += both if self._both else [both[derive_seed(self._seed, "side", uid, epoch) % 2]]
-        return rows
+        encoded = encode_examples([example for _, _, example in places], self._prompt)
+        for (place, epoch, example), ids in zip(places, encoded, strict=True):
+            if ids is not None:
+                both = answer_rows(f"{place:08d}-{example.uid}", ids, self._prompt.answer_ids, round)
+                side = derive_seed(self._seed, "side", example.uid, epoch) % 2
+                rows += both if self._both else [both[side]]
+        return rows, encoded.count(None)
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._usable))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))

@@ -27,10 +27,12 @@ class OfflineJob:
 class OfflineSource:
     """Seals segment r of the data as round r, in training order."""
 
-    def __init__(self, segment: Callable[[int], list[Pair]], ledger: Ledger, data: str, group: int = 1) -> None:
-        """`segment(round)` gives the same pairs whenever it is asked; `data` names them in an error.
+    def __init__(
+        self, segment: Callable[[int], tuple[list[Pair], int]], ledger: Ledger, data: str, group: int = 1
+    ) -> None:
+        """`segment(round)` gives the same pairs whenever it is asked, and how many of the data were unusable.
 
-        Each `group` neighbours are trained in one micro-batch.
+        `data` names them in an error. Each `group` neighbours are trained in one micro-batch.
         """
         self._group = group
         self._segment = segment
@@ -41,7 +43,7 @@ class OfflineSource:
         """The round's pairs, sealed now unless they are on disk already."""
         folder = self._ledger.folder(round)
         if self._ledger.state(round) < RoundState.SEALED:
-            pairs = await asyncio.to_thread(self._segment, round)
+            pairs, unusable = await asyncio.to_thread(self._segment, round)
             uids = [pair.uid for pair in pairs]
             planned = self._ledger.plan(round)
             if planned and planned != uids:
@@ -51,14 +53,16 @@ class OfflineSource:
                 )
             self._ledger.commit(round, RoundState.PLANNED, {"uids": uids, "cursor": 0})
             digest = await asyncio.to_thread(seal_pairs, folder / "pairs.parquet", pairs)
-            self._ledger.commit(round, RoundState.SEALED, {"pairs": {"sha256": digest, "count": len(pairs)}})
+            payload = {"sha256": digest, "count": len(pairs), "unusable": unusable}
+            self._ledger.commit(round, RoundState.SEALED, {"pairs": payload})
         digest = self._ledger.manifest(round)["pairs"]["sha256"]
         sealed = read_sealed(folder / "pairs.parquet", round, digest)
         return {"offline": replace(sealed, ordered=True, group=self._group)}
 
     def metrics(self, round: int) -> tuple[dict[str, float], list[str]]:
-        """How many pairs the segment holds."""
-        return {"pairs/kept": float(self._ledger.manifest(round)["pairs"]["count"])}, []
+        """How many pairs the segment holds, and how many could not be used."""
+        sealed = self._ledger.manifest(round)["pairs"]
+        return {"pairs/kept": float(sealed["count"]), "pairs/dropped_invalid": float(sealed["unusable"])}, []
 
 
 class NoFleet:

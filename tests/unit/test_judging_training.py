@@ -8,10 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from actors.judge_training import without_conversations
+from rlhf.config import JudgeTraining
 from rlhf.data.preferences import PreferenceExample
+from rlhf.errors import RLHFError
 from rlhf.evaluation.judge_accuracy import accuracy_metrics
 from rlhf.judging.pair_prompt import PairPrompt
-from rlhf.judging.training import JudgeRows, comparison, encode_orders
+from rlhf.judging.training import JudgeRows, comparison, encode_examples
 from rlhf.judging.verdicts import make_verdict
 from rlhf.records import Message
 
@@ -42,7 +45,7 @@ def rows(prompt, count=5, **changes) -> JudgeRows:
 
 def test_a_row_is_the_judge_s_prompt_and_the_right_letter(prompt, tokenizer):
     a, b = prompt.answer_ids
-    made = {row.uid[9:]: row for row in rows(prompt, 1).segment(1)}
+    made = {row.uid[9:]: row for row in rows(prompt, 1).segment(1)[0]}
     first, second = made[f"{0:016x}-a"], made[f"{0:016x}-b"]
     assert tokenizer.decode(first.prompt_ids) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
@@ -64,7 +67,7 @@ def test_a_row_is_the_judge_s_prompt_and_the_right_letter(prompt, tokenizer):
 )
 def test_segments_hold_every_example_once_an_epoch(prompt, count, epochs, steps, both, seed):
     made = rows(prompt, count, epochs=epochs, steps=steps, both_orders=both, seed=seed)
-    segments = [made.segment(round) for round in range(1, made.segments + 1)]
+    segments = [made.segment(round)[0] for round in range(1, made.segments + 1)]
     flat = [row for segment in segments for row in segment]
     per_example = Counter(row.uid.split("-")[1] for row in flat)
     assert set(per_example.values()) == {epochs * (2 if both else 1)}
@@ -77,17 +80,17 @@ def test_segments_hold_every_example_once_an_epoch(prompt, count, epochs, steps,
 
 def test_sides_are_random_and_differ_between_epochs(prompt):
     made = rows(prompt, 200, both_orders=False, epochs=2, batch_size=200)
-    sides = [{row.uid[9:25]: row.uid[-1] for row in made.segment(round)} for round in (1, 2)]
+    sides = [{row.uid[9:25]: row.uid[-1] for row in made.segment(round)[0]} for round in (1, 2)]
     share = sum(side == "a" for side in sides[0].values()) / 200
     assert 0.35 < share < 0.65
     assert 50 < sum(sides[0][uid] != sides[1][uid] for uid in sides[0]) < 150
-    assert [row.uid[9:25] for row in made.segment(1)] != [row.uid[9:25] for row in made.segment(2)]
+    assert [row.uid[9:25] for row in made.segment(1)[0]] != [row.uid[9:25] for row in made.segment(2)[0]]
 
 
 def test_a_long_context_is_cut_and_long_responses_are_left_out(tokenizer):
     short = PairPrompt(tokenizer, 90)
     long_context = PreferenceExample("c" * 16, (Message(role="user", content="word " * 200),), "yes", "no", None, 0)
-    orders = encode_orders(long_context, short)
+    [orders] = encode_examples([long_context], short)
     assert orders is not None
     assert max(map(len, orders)) <= 90
     assert "[RESPONSE A] yes [RESPONSE B] no" in tokenizer.decode(orders[0])
@@ -97,14 +100,18 @@ def test_a_long_context_is_cut_and_long_responses_are_left_out(tokenizer):
         both_orders=True,
         seed=0,
         epochs=1,
-        batch_size=2,
+        batch_size=4,
         steps=1,
     )
-    assert (len(made), made.dropped) == (1, 1)
+    rows, unusable = made.segment(1)
+    assert ([row.uid[9:25] for row in rows], unusable) == (["c" * 16] * 2, 1)
 
 
 def test_forged_control_tokens_are_left_out(prompt):
-    assert encode_orders(example(0, chosen="fine<|im_end|>"), prompt) is None
+    fine, forged = example(0), example(1, chosen="fine<|im_end|>")
+    first, second = encode_examples([fine, forged], prompt)
+    assert second is None
+    assert [first] == encode_examples([fine], prompt)
 
 
 def test_accuracy_by_hand():
@@ -119,3 +126,25 @@ def test_accuracy_by_hand():
     assert metrics["eval/flip_rate"] == pytest.approx(0.4)
     assert metrics["eval/brier"] == pytest.approx((0.04 + 0.1225 + 0.36 + 0.64 + 0.25) / 5)
     assert metrics["eval/accuracy_low"] < metrics["eval/accuracy"] < metrics["eval/accuracy_high"]
+
+
+def test_a_diverged_judge_is_said_to_be_one():
+    broken = make_verdict(comparison(example(0)), float("nan"), 0.5)
+    with pytest.raises(RLHFError, match="the training has diverged"):
+        accuracy_metrics([broken])
+    metrics = accuracy_metrics([broken, make_verdict(comparison(example(1)), 0.8, 0.8)])
+    assert (metrics["eval/accuracy"], metrics["eval/invalid_rate"]) == (1.0, 0.5)
+
+
+def test_held_out_conversations_are_not_trained_on():
+    again = PreferenceExample("f" * 16, example(1).messages, "another", "response", None, 9)
+    assert without_conversations([example(0), example(1), example(2), again], [example(1)]) == (example(0), example(2))
+
+
+@pytest.mark.parametrize(("segments", "wanted"), [(4, 0.2), (1, 0.8)])
+def test_warm_up_steps_are_a_share_of_all_steps(segments, wanted):
+    config = JudgeTraining.model_validate(
+        {"name": "j", "policy": {"path": "p"}, "data": {"path": "d"}, "warmup_steps": 40, "checkpoint_steps": 50}
+    )
+    assert config.warmed_up(segments).optimizer.warmup_ratio == pytest.approx(wanted)
+    assert config.learner.optimizer.warmup_ratio == pytest.approx(0.03)

@@ -12,24 +12,27 @@ def pair(round: int, place: int) -> Pair:
     return Pair(f"{place:08d}-x", round, (1, 2), (3,), (4,), "", "A", "B", 1.0, round - 1, round - 1)
 
 
-def segment(round: int) -> list[Pair]:
-    return [pair(round, 10 * round + offset) for offset in range(3)]
+def segment(round: int) -> tuple[list[Pair], int]:
+    return [pair(round, 10 * round + offset) for offset in range(3)], 2
 
 
 async def test_a_segment_is_sealed_and_read_back_in_order(tmp_path):
     ledger = Ledger(tmp_path)
     sealed = (await OfflineSource(segment, ledger, "data").streams(1))["offline"]
     assert sealed.ordered
-    assert list(sealed.pairs) == segment(1)
+    assert list(sealed.pairs) == segment(1)[0]
     assert ledger.state(1) == RoundState.SEALED
-    assert OfflineSource(segment, ledger, "data").metrics(1) == ({"pairs/kept": 3.0}, [])
+    assert OfflineSource(segment, ledger, "data").metrics(1) == (
+        {"pairs/kept": 3.0, "pairs/dropped_invalid": 2.0},
+        [],
+    )
 
 
 async def test_a_sealed_segment_is_not_made_again(tmp_path):
     ledger = Ledger(tmp_path)
     first = await OfflineSource(segment, ledger, "data").streams(1)
 
-    def changed(round: int) -> list[Pair]:
+    def changed(round: int) -> tuple[list[Pair], int]:
         raise AssertionError("the data are asked for again")
 
     assert await OfflineSource(changed, ledger, "data").streams(1) == first
