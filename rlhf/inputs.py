@@ -1,6 +1,7 @@
 """What a run reads before anything is written or started: a bad input leaves no trace."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,14 +65,20 @@ def check_judges(judges: Mapping[str, Judge]) -> None:
     """
     for top, judge in judges.items():
         for key, single in single_judges(judge, top):
-            with _under(key):
+            with _under(key, single):
                 _check_judge(single)
+
+
+def judge_folder(judge: EngineJudge, key: str) -> Path:
+    """The local folder of a judge's model; raises `InputError` if `path` is not set or cannot be read."""
+    if judge.path is None:
+        raise InputError(f"{key}.path: required here; give the judge's local folder or Hugging Face id")
+    return local_folder(judge.path, f"{key}.path")
 
 
 def _check_judge(judge: PooledJudge) -> None:
     if isinstance(judge, EngineJudge):
-        assert judge.path is not None
-        folder = local_folder(judge.path, "judge.path")
+        folder = judge_folder(judge, "judge")
         tensor_shapes(folder, "judge.path")
         if isinstance(judge, RewardModelJudge):
             _check_context(folder, judge.max_length, "judge.max_length")
@@ -93,14 +100,20 @@ class _NoEngines:
 
 
 @contextmanager
-def _under(key: str) -> Iterator[None]:
+def _under(key: str, judge: PooledJudge) -> Iterator[None]:
     """Judges call their own keys `judge.*`; a complaint gets the key under which the config has them."""
     try:
         yield
     except InputError as error:
         if key == "judge":
             raise
-        raise InputError(str(error).replace("judge.", f"{key}.")) from error
+        raise InputError(_renamed(str(error), key, judge)) from error
+
+
+def _renamed(text: str, key: str, judge: PooledJudge) -> str:
+    """`text` with its `judge.<field>` keys under `key`; values such as `/models/judge.v2` stay as they are."""
+    fields = "|".join(type(judge).model_fields)
+    return re.sub(rf"(?<![\w./'\"\\-])(?<!= )judge\.(?=(?:{fields})\b)", lambda _: f"{key}.", text)
 
 
 def _check_context(folder: Path, tokens: int, keys: str) -> None:

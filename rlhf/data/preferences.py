@@ -1,5 +1,6 @@
 """Preference sets: rows of any common layout as a conversation, a chosen and a rejected response."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -62,12 +63,15 @@ def load_preferences(
     and a label that is a, b or tie. `auto` goes by the columns and the first row.
 
     Rows kept follow METHODS §1: same context on both sides, strict alternation, nothing empty; see `PreferenceSet`.
+    CSV files, and some Parquet files, hold lists of messages as JSON: where the first value of prompt, chosen or
+    rejected is such a text, the whole column is read so.
+
     The subset is read from `subset_column`, by default `subset` where there is one.
 
     Raises `InputError`, blaming the config section `key`, where the data cannot be read, lacks a column, or no row is
     usable. The pairs.parquet of a run is refused: its prompts are rendered templates, not conversations.
     """
-    rows = load_rows(path, split=split, name=name, key=key)
+    rows = _parse_json(load_rows(path, split=split, name=name, key=key))
     columns = set().union(*rows)
     where = f"{key}.path = {path}"
     if {"prompt_ids", "chosen_ids", "rejected_ids"} <= columns:
@@ -130,6 +134,25 @@ def _resolve(rows: Sequence[Row], columns: set[str], format: PreferenceFormat, k
 
 def _first(rows: Sequence[Row], column: str) -> Any:
     return next((row[column] for row in rows if row.get(column) is not None), None)
+
+
+def _parse_json(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows with columns of messages in JSON as lists; a value there that is none becomes None: malformed."""
+    found = [column for column in ("prompt", "chosen", "rejected") if _json_messages(_first(rows, column)) is not None]
+    if not found:
+        return rows
+    return [row | {column: _json_messages(row.get(column)) for column in found} for row in rows]
+
+
+def _json_messages(value: Any) -> list[Any] | None:
+    """The list that a text holds as JSON; None unless its items are {role, content}."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return None
+    try:
+        parsed = json.loads(value)
+    except ValueError:
+        return None
+    return parsed if message_list(parsed) else None
 
 
 def _is_dialogue(value: Any) -> bool:

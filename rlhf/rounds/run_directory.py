@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,9 +21,14 @@ OURS = {".lock", ".ray", "config.yaml.tmp"}
 """What a process may leave that was killed before it could claim the folder; `.ray` names its temporary folder."""
 
 FREE = ("output_dir", "rounds.count", "evaluation", "monitor", "checkpoint", "cluster", "sync", "generator.replicas",
-        "generator.cpus", "judge.replicas", "judge.batch_size", "judge.cpus", "judge.cache", "judge.health",
-        "learner.cpus", "eval_judge")  # fmt: skip
+        "generator.cpus", "learner.cpus", "eval_judge")  # fmt: skip
 """Keys that may change between start and resume: they do not touch what has been planned, sealed or trained."""
+
+FREE_OF_A_JUDGE = ("replicas", "batch_size", "cpus", "cache", "health", "base_url", "api_key_env", "concurrency",
+                   "timeout_s", "retries", "batch_timeout_s", "max_requests", "max_total_tokens")  # fmt: skip
+"""The same of a judge, or a member of an ensemble: how a verdict is reached, not what it is; an endpoint may move."""
+
+_OF_A_JUDGE = re.compile(rf"judge\.(members\.\d+\.judge\.)?({'|'.join(FREE_OF_A_JUDGE)})(\.|$)")
 
 
 @contextmanager
@@ -90,8 +96,7 @@ def _check_same(file: Path, before: dict[str, Any], resolved: dict[str, Any]) ->
     old, new = _leaves(before), _leaves(resolved)
     # A `type` first: its siblings differ only because it does.
     for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.endswith(".type"), key)):
-        free = any(key == name or key.startswith(name + ".") for name in FREE)
-        if not free and old.get(key) != new.get(key):
+        if not _is_free(key) and old.get(key) != new.get(key):
             raise InputError(
                 f"{file}: {key} was {old.get(key)!r} when this run began and is {new.get(key)!r} now; "
                 "change it back, choose another name, or start over with --fresh"
@@ -104,7 +109,14 @@ def _check_same(file: Path, before: dict[str, Any], resolved: dict[str, Any]) ->
         )
 
 
+def _is_free(key: str) -> bool:
+    return bool(_OF_A_JUDGE.match(key)) or any(key == name or key.startswith(name + ".") for name in FREE)
+
+
 def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; the items of a list of sections have their place as a key."""
+    if isinstance(node, list) and node and all(isinstance(item, dict) for item in node):
+        node = dict(enumerate(node))
     if not isinstance(node, dict):
         return {prefix: node}
     return {

@@ -1,5 +1,6 @@
 """Preference sets: every layout, what METHODS keeps, what is dropped and why, what is refused."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,35 @@ def test_sealed_pairs_of_a_run_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([row], schema=PAIR_SCHEMA), path)
     with pytest.raises(InputError, match=r"data\.path = .*rendered chat templates"):
         load_preferences(str(path))
+
+
+TALK = {"prompt": [U1, A1, U2], "chosen": [says("good")], "rejected": [says("bad")]}
+
+
+@pytest.mark.parametrize("columns", [("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt",)])
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_messages_as_json_texts(tmp_path: Path, kind: str, columns: tuple[str, ...]) -> None:
+    """All three columns; whole dialogues; a prompt beside plain texts, of which one looks like a list."""
+    talk = dict(TALK)
+    if "prompt" not in columns:
+        talk = {"chosen": [U1, A1, U2, says("good")], "rejected": [U1, A1, U2, says("bad")]}
+    good = {name: json.dumps(turns(*pairs)) for name, pairs in talk.items()}
+    if "chosen" not in columns:
+        good |= {"chosen": "[good]", "rejected": "bad"}
+    # Cut off by the program that wrote it: never a user's text of its own.
+    rows = [good, good | {columns[0]: good[columns[0]][:-3]}]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(good))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    found = load_preferences(str(path))
+    chosen = "good" if "chosen" in columns else "[good]"
+    assert shape(found) == [(turns(U1, A1, U2), chosen, "bad")]
+    assert found.dropped == dict.fromkeys(DROP_REASONS, 0) | {"malformed": 1}
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,66 @@ def test_free_keys_may_change_and_are_written_down(changes: dict[str, Any], tmp_
     assert RunConfig.model_validate(document) == config(tmp_path, **changes)
 
 
+LLM = {"type": "llm", "base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "OLD", "seed": 1}
+MOVED = {
+    "base_url": "https://other.example.org/v1",
+    "api_key_env": "NEW",
+    "concurrency": 3,
+    "timeout_s": 5.0,
+    "retries": 1,
+    "batch_timeout_s": 60.0,
+    "max_requests": 900,
+    "max_total_tokens": 900,
+    "replicas": 2,
+    "batch_size": 8,
+    "cpus": 2,
+    "cache": False,
+}
+
+
+def ensemble(*members: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    return {"type": "ensemble", "members": [{"judge": member} for member in members], **fields}
+
+
+def test_how_a_judge_is_reached_may_change(tmp_path: Path) -> None:
+    planned(tmp_path / "one", judge=LLM)
+    begin(tmp_path / "one", judge=LLM | MOVED | {"health": {"min_valid": 0.5}})
+    planned(tmp_path / "two", judge=ensemble({"type": "sentiment"}, LLM))
+    begin(
+        tmp_path / "two",
+        judge=ensemble({"type": "sentiment", "replicas": 2}, LLM | MOVED, health={"max_flip_rate": 0.9}),
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key"),
+    [
+        (LLM, LLM | {"model": "n"}, "judge.model was 'm'"),
+        (LLM, LLM | {"seed": 2}, "judge.seed was 1"),
+        (
+            ensemble({"type": "sentiment"}, LLM),
+            ensemble({"type": "sentiment", "scale": 2.0}, LLM),
+            "judge.members.0.judge.scale was 4.0",
+        ),
+        (
+            ensemble({"type": "sentiment"}, LLM),
+            ensemble({"type": "sentiment"}, LLM, {"type": "sentiment"}),
+            "judge.members.2.judge.type was None",
+        ),
+        (ensemble({"type": "sentiment"}, LLM), ensemble({"type": "sentiment"}, LLM, quorum=0.5), "judge.quorum was 1"),
+    ],
+)
+def test_what_a_judge_answers_may_not(before: dict[str, Any], after: dict[str, Any], key: str, tmp_path: Path) -> None:
+    planned(tmp_path, judge=before)
+    assert f"config.yaml: {key}" in refused(tmp_path, judge=after)
+
+
+def test_the_free_fields_of_a_judge_are_those_that_the_verdict_cache_ignores() -> None:
+    from rlhf.judging import cache
+
+    assert set(run_directory.FREE_OF_A_JUDGE) == cache._IRRELEVANT | {"base_url"}
+
+
 def test_a_moved_run_goes_on(tmp_path: Path) -> None:
     planned(tmp_path / "one")
     (tmp_path / "one").rename(tmp_path / "two")
