@@ -80,22 +80,27 @@ class JudgeActor:
 @dataclass
 class _Batch:
     comparisons: list[Comparison] = field(default_factory=list)
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    """Full, or old enough to go to a slot that is free."""
     done: "asyncio.Future[list[Verdict]]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class JudgePool:
     """The `Judge` port over the actors.
 
-    Calls that arrive together are joined into batches of `batch_size`; an actor has at most two batches, so that it
-    never waits and work goes to whichever is free.
+    Calls are joined into batches of up to `batch_size`: a batch grows until it is full or an actor takes it, so what
+    comes in while all are busy shares one. An actor has at most two batches, so that it never waits and work goes to
+    whichever is free.
     """
 
     LINGER_S = 0.005
-    """How long a batch that is not full waits for more: prompts finish in bursts."""
+    """How long a batch waits for more although an actor is free: prompts finish in bursts."""
 
-    def __init__(self, handles: Sequence[Any], batch_size: int, deadline: float):
+    def __init__(self, handles: Sequence[Any], batch_size: int, deadline: float, name: str = "judge"):
+        """`name` is the prefix of the actors' names; an actor has `deadline` seconds for a batch."""
         self._batch_size = batch_size
         self._deadline = deadline
+        self._name = name
         self._handles = list(handles)
         self._free: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(2 * len(self._handles)):
@@ -110,27 +115,21 @@ class JudgePool:
             batch = self._open
             if batch is None:
                 batch = self._open = _Batch()
-                self._spawn(self._linger(batch))
+                self._spawn(self._judge(batch))
             parts.append((batch, len(batch.comparisons)))
             batch.comparisons.append(comparison)
             if len(batch.comparisons) == self._batch_size:
-                self._close(batch)
+                self._open = None
+                batch.ready.set()
         # Shielded: the batch is shared, and a caller that is stopped must not stop the others.
         return [(await asyncio.shield(batch.done))[index] for batch, index in parts]
 
-    async def _linger(self, batch: _Batch) -> None:
-        await asyncio.sleep(self.LINGER_S)
-        if self._open is batch:
-            self._close(batch)
-
-    def _close(self, batch: _Batch) -> None:
-        self._open = None
-        self._spawn(self._judge(batch))
-
     async def _judge(self, batch: _Batch) -> None:
-        index = await self._free.get()
+        index = await self._slot(batch)
+        if self._open is batch:
+            self._open = None
         try:
-            what = f"judge {index}: {len(batch.comparisons)} comparisons"
+            what = f"{self._name}-{index}: {len(batch.comparisons)} comparisons"
             verdicts = await within(self._handles[index].compare.remote(batch.comparisons), self._deadline, what)
             check_complete(batch.comparisons, verdicts or ())
             batch.done.set_result(verdicts)
@@ -139,6 +138,13 @@ class JudgePool:
             batch.done.exception()  # fetched once: asyncio logs an error that no caller is left to take
         finally:
             self._free.put_nowait(index)
+
+    async def _slot(self, batch: _Batch) -> int:
+        """The actor that judges the batch, which stays open while it waits for one."""
+        if not self._free.empty():
+            asyncio.get_running_loop().call_later(self.LINGER_S, batch.ready.set)
+            await batch.ready.wait()
+        return await self._free.get()
 
     def _spawn(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from rlhf.judging.cache import CachedJudge, judge_identity
-from rlhf.judging.ensemble import EnsembleJudge as Ensemble
 
 from actors.calls import within
 from actors.cluster import ClusterInfo
@@ -17,6 +15,8 @@ from actors.placement import Role, actor_options, place
 from rlhf.config.judge import EngineJudge, EnsembleJudge, PooledJudge
 from rlhf.config.judge import Judge as JudgeConfig
 from rlhf.config.system import Cluster
+from rlhf.judging.cache import CachedJudge, judge_identity
+from rlhf.judging.ensemble import EnsembleJudge as Ensemble
 from rlhf.modelfiles import local_folder
 from rlhf.ports import Judge
 
@@ -64,7 +64,7 @@ class JudgeLauncher:
             return handle
 
         handles = await asyncio.gather(*(launch(index) for index in range(config.replicas)))
-        pool = JudgePool(handles, config.batch_size, self._deadlines.judge)
+        pool = JudgePool(handles, config.batch_size, self._deadlines.judge, name)
         if self._run_dir is None or not config.cache:
             return pool
         return CachedJudge(pool, self._run_dir / "verdicts" / f"{name}.sqlite", judge_identity(config), self._alert)

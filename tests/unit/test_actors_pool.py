@@ -37,6 +37,7 @@ class Handle:
         self.delay = delay
         self.batches: list[list[int]] = []
         self.running = self.most_running = 0
+        self.hold: asyncio.Event | None = None
         self.answer: Callable[[list[Comparison]], Any] = lambda batch: [make_verdict(item, 0.9, 0.9) for item in batch]
         self.compare = self
 
@@ -49,6 +50,8 @@ class Handle:
         self.most_running = max(self.most_running, self.running)
         try:
             await asyncio.sleep(self.delay)
+            if self.hold:
+                await self.hold.wait()
             return self.answer(batch)
         finally:
             self.running -= 1
@@ -113,6 +116,51 @@ async def test_work_goes_to_whoever_is_free() -> None:
     assert len(fast.batches) == 18
 
 
+async def until(ready: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not ready():  # noqa: ASYNC110 - what it waits for has no event
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "later"),
+    [(64, [list(range(4, 32))]), (12, [list(range(4, 16)), list(range(16, 28)), [28, 29, 30, 31]])],
+)
+async def test_a_batch_grows_while_the_pool_is_busy(batch_size: int, later: list[list[int]]) -> None:
+    """Prompts that trickle in behind a busy judge share batches: each waits for a slot, and no batch has to."""
+    handle = Handle()
+    pool = JudgePool([handle], batch_size, deadline=5)
+    gate = asyncio.Event()
+    handle.hold = gate
+    calls = []
+    for prompt in range(16):
+        calls.append(asyncio.create_task(pool.compare(comparisons(2 * prompt, 2 * prompt + 1))))
+        if prompt < 2:  # a free slot each
+            await until(lambda sent=prompt + 1: len(handle.batches) == sent)  # type: ignore[misc]
+        else:
+            await asyncio.sleep(JudgePool.LINGER_S * 1.5)
+    assert handle.batches == [[0, 1], [2, 3]], "both slots are taken"
+    gate.set()
+    answers = await asyncio.gather(*calls)
+    assert handle.batches == [[0, 1], [2, 3], *later]
+    assert [numbers(answer) for answer in answers] == [[2 * prompt, 2 * prompt + 1] for prompt in range(16)]
+
+
+async def test_a_batch_that_waited_for_a_slot_does_not_linger_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = Handle()
+    pool = JudgePool([handle], batch_size=2, deadline=5)
+    handle.hold = asyncio.Event()
+    busy = asyncio.create_task(pool.compare(comparisons(0, 1, 2, 3)))
+    await until(lambda: len(handle.batches) == 2)
+    monkeypatch.setattr(JudgePool, "LINGER_S", 60.0)
+    waits = asyncio.create_task(pool.compare(comparisons(4)))
+    await asyncio.sleep(0.01)
+    handle.hold.set()
+    async with asyncio.timeout(5):
+        assert numbers(await waits) == [4]
+    await busy
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     sizes=st.lists(st.integers(0, 7), min_size=1, max_size=8),
@@ -164,8 +212,8 @@ async def test_an_error_reaches_every_caller_of_the_batch_and_frees_the_slot() -
 
 async def test_a_judge_that_does_not_answer_is_named_and_its_slot_freed() -> None:
     handle = Handle(60.0)
-    pool = JudgePool([handle], batch_size=2, deadline=0.05)
-    with pytest.raises(DeadlineError, match="judge 0: 2 comparisons did not end within"):
+    pool = JudgePool([handle], batch_size=2, deadline=0.05, name="eval-judge")
+    with pytest.raises(DeadlineError, match="eval-judge-0: 2 comparisons did not end within"):
         await pool.compare(comparisons(1, 2))
     handle.delay = 0.0
     async with asyncio.timeout(5):
