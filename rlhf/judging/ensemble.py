@@ -20,7 +20,8 @@ class EnsembleJudge:
     """Asks all members at once and combines what is valid.
 
     "weights": p_ab and p_ba are the members' weighted means. "vote": both are the weighted share of the votes, a win
-    1, a tie 0.5, a loss 0. A verdict is INVALID where the valid members hold less than `quorum` of the weight.
+    1, a tie 0.5, a loss 0. A verdict is INVALID where the valid members hold less than `quorum` of the weight. It has
+    no scores: the members' have no common unit, so their mean would rank by whichever numbers are larger.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class EnsembleJudge:
         else:
             p_ab = _mean(valid, lambda verdict: verdict.p_ab)
             p_ba = _mean(valid, lambda verdict: verdict.p_ba)
-        verdict = make_verdict(comparison, p_ab, p_ba, *_scores(valid))
+        verdict = make_verdict(comparison, p_ab, p_ba)
         return replace(verdict, truncated=any(opinion.truncated for opinion, _ in valid))
 
 
@@ -76,14 +77,3 @@ def _mean(opinions: Sequence[Opinion], value: Callable[[Verdict], float]) -> flo
     total = math.fsum(weight for _, weight in opinions)
     mean = math.fsum(weight * value(verdict) for verdict, weight in opinions) / total
     return 0.5 if abs(mean - 0.5) < _ROUNDING else min(1.0, max(0.0, mean))
-
-
-def _scores(opinions: Sequence[Opinion]) -> tuple[float | None, float | None]:
-    """Weighted means of the members' scores; None unless every member gives both."""
-    if any(verdict.score_a is None or verdict.score_b is None for verdict, _ in opinions):
-        return None, None
-    total = math.fsum(weight for _, weight in opinions)
-    return (
-        math.fsum(weight * (verdict.score_a or 0.0) for verdict, weight in opinions) / total,
-        math.fsum(weight * (verdict.score_b or 0.0) for verdict, weight in opinions) / total,
-    )

@@ -1,22 +1,34 @@
 """Ensembles of judges: means, votes, quorum; members whose verdicts are given by a table."""
 
 import asyncio
+import itertools
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
+from rlhf.config.judge import EnsembleJudge as EnsembleConfig
+from rlhf.config.judge import Judge
 from rlhf.config.judge import SentimentJudge as SentimentConfig
 from rlhf.config.judge import VerifierJudge as VerifierConfig
+from rlhf.config.pairing import Pairing
 from rlhf.errors import RLHFError
+from rlhf.judging.build import build_judge
 from rlhf.judging.ensemble import EnsembleJudge
 from rlhf.judging.sentiment import SentimentJudge
 from rlhf.judging.verdicts import invalid_verdict, make_verdict
 from rlhf.judging.verifier import VerifierJudge
-from rlhf.records import Comparison, Verdict, VerdictState
+from rlhf.records import Comparison, Message, Prompt, Rollout, Verdict, VerdictState, VersionSpan
+from rlhf.rounds.pairing import make_pairs
 
+ROOT = Path(__file__).parents[2]
 PROBABILITY = st.floats(0, 1)
 MEMBER = st.tuples(PROBABILITY, PROBABILITY, st.floats(0.1, 10), st.booleans())
 MIRRORED = {VerdictState.WIN: VerdictState.LOSE, VerdictState.LOSE: VerdictState.WIN}
@@ -47,7 +59,6 @@ async def test_weights_average_each_order() -> None:
     [verdict] = await EnsembleJudge(members, "weights", 1.0).compare([AB])
     assert verdict.p_ab == pytest.approx((3 * 0.9 + 0.2) / 4, abs=1e-12)
     assert verdict.p_ba == pytest.approx((3 * 0.7 + 0.6) / 4, abs=1e-12)
-    assert (verdict.score_a, verdict.score_b) == (2.5, 0.75)
     assert verdict.state is VerdictState.WIN
 
 
@@ -79,7 +90,6 @@ async def test_invalid_members_are_left_out_down_to_the_quorum() -> None:
     members = [(Fixed((0.9, 0.9), (1.0, 0.0)), 1.0), (Fixed(None), 1.0), (Fixed((0.3, 0.3), (3.0, 2.0)), 2.0)]
     [enough] = await EnsembleJudge(members, "weights", 0.75).compare([AB])
     assert enough.p == pytest.approx((0.9 + 2 * 0.3) / 3, abs=1e-12)
-    assert enough.score_a == pytest.approx(7 / 3)
     [short] = await EnsembleJudge(members, "weights", 0.76).compare([AB])
     assert short.state is VerdictState.INVALID
     assert short.reason == "valid members hold 0.75 of the weight: members.1: cannot say"
@@ -92,10 +102,49 @@ async def test_no_valid_member_is_invalid_whatever_the_quorum() -> None:
     assert verdict.reason.endswith("members.0: cannot say; members.1: cannot say")
 
 
-async def test_scores_need_every_member() -> None:
-    members = [(Fixed((0.9, 0.9), (1.0, 0.0)), 1.0), (Fixed((0.9, 0.9)), 1.0)]
-    [verdict] = await EnsembleJudge(members, "weights", 1.0).compare([AB])
+@pytest.mark.parametrize("method", ["weights", "vote"])
+async def test_members_scores_are_not_mixed(method: Literal["weights", "vote"]) -> None:
+    """A reward of -7 and a sentiment of 0.3 have no common unit: their mean would rank by whichever is larger."""
+    members = [(Fixed((0.9, 0.9), (0.3, 0.1)), 1.0), (Fixed((0.9, 0.9), (-7.0, -40.0)), 1.0)]
+    [verdict] = await EnsembleJudge(members, method, 1.0).compare([AB])
     assert (verdict.score_a, verdict.score_b) == (None, None)
+
+
+def example() -> EnsembleJudge:
+    """The judge of configs/judges/ensemble.yaml, its pools left out."""
+    data = yaml.safe_load((ROOT / "configs" / "judges" / "ensemble.yaml").read_text())
+    config = TypeAdapter(Judge).validate_python(data["judge"])
+    assert isinstance(config, EnsembleConfig)
+    no_engines: Any = None
+    members = [(build_judge(member.judge, no_engines), member.weight) for member in config.members]
+    return EnsembleJudge(members, config.method, config.quorum)
+
+
+async def test_the_example_ranks_by_probability_and_keeps_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tones differ by fractions and lengths by tens of words: ranked by scores the response of 30 words would win."""
+    monkeypatch.chdir(ROOT)
+    judge = example()
+    texts = [
+        "bad",
+        "It is a table. " * 10,
+        "This is wonderful, lovely and great! " * 2,
+        "An awful, terrible, bad failure.",
+    ]
+    prompt = Prompt("u", (Message(role="user", content="How was it?"),), "How was it?", (1,))
+    group = [
+        Rollout("u", k, (k, 9), (-1.0, -1.0), text, "stop", (VersionSpan(0, 0, 2),)) for k, text in enumerate(texts)
+    ]
+    matches = list(itertools.combinations(range(len(texts)), 2))
+    verdicts = await judge.compare([Comparison("u", prompt.messages, texts[i], texts[j]) for i, j in matches])
+    p = {pair: verdict.p for pair, verdict in zip(matches, verdicts, strict=True)}
+    mean = [sum(p.get((i, j), 1 - p.get((j, i), 0)) for j in range(4) if j != i) / 3 for i in range(4)]
+    best, worst = mean.index(max(mean)), mean.index(min(mean))
+    assert (best, worst) == (2, 3)
+    rng = np.random.default_rng(0)
+    result = await make_pairs(group, prompt, judge, Pairing(strategy="best_vs_worst", min_margin=0.0), rng, 1)
+    assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [(texts[best], texts[worst])]
+    assert result.pairs[0].p_chosen == pytest.approx(p[best, worst], abs=1e-12)
+    assert result.counts["kept"] == 1
 
 
 @settings(deadline=None)
