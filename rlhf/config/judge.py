@@ -22,6 +22,9 @@ class JudgeHealth(Section):
     max_length_bias: float = Field(
         0.5, ge=0, le=1, description="Warn when preference and length difference correlate more than this."
     )
+    min_score_spread: float = Field(
+        0.0, ge=0, description="Warn when the scores of one prompt's responses differ less (mean deviation); 0: never."
+    )
     max_win_rate_gap: float = Field(
         0.15, ge=0, le=1, description="Warn when the judge's win rate is this much above that of `eval_judge`."
     )
@@ -245,6 +248,16 @@ class EnsembleJudge(BaseJudge):
     quorum: float = Field(
         1.0, gt=0, le=1, description="Share of the weight that must be valid; below it the verdict is invalid."
     )
+
+    @model_validator(mode="after")
+    def _health(self) -> "EnsembleJudge":
+        for index, member in enumerate(self.members):
+            if member.judge.health != JudgeHealth():
+                raise ValueError(
+                    f"judge.members.{index}.judge.health: thresholds of a member are never looked at; set judge.health "
+                    "of the ensemble"
+                )
+        return self
 
 
 Judge = Annotated[

@@ -44,29 +44,44 @@ def judge_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
     return metrics
 
 
-def health_warnings(metrics: Mapping[str, float], thresholds: JudgeHealth = DEFAULTS) -> list[str]:
-    """One sentence for each of `judge_metrics` that passed its threshold."""
+def health_warnings(
+    metrics: Mapping[str, float],
+    thresholds: JudgeHealth = DEFAULTS,
+    *,
+    judge: str = "judge",
+    reasons: str = "verdicts.parquet",
+) -> list[str]:
+    """One sentence for each of `judge_metrics` that passed its threshold.
+
+    `judge` is the judge's config key, `reasons` the file that keeps the verdicts.
+    """
     warnings = []
     flips, ties = metrics["judge/flip_rate"], metrics["judge/tie_rate"]
     if flips > thresholds.max_flip_rate:
-        warnings.append(f"judge: {flips:.0%} of verdicts flip when the responses change places; they are dropped")
+        warnings.append(f"{judge}: {flips:.0%} of verdicts flip when the responses change places, and count as ties")
     elif ties > thresholds.max_tie_rate:
-        warnings.append(f"judge: {ties:.0%} of verdicts are ties; those pairs are dropped")
+        warnings.append(f"{judge}: {ties:.0%} of verdicts are ties: it hardly tells these responses apart")
     if (invalid := metrics["judge/invalid_rate"]) > thresholds.max_invalid_rate:
-        warnings.append(f"judge: {invalid:.0%} of comparisons could not be judged; see the reasons in verdicts.parquet")
+        warnings.append(f"{judge}: {invalid:.0%} of comparisons could not be judged; see the reasons in {reasons}")
     if (cut := metrics["judge/truncated_rate"]) > thresholds.max_truncated_rate:
-        warnings.append(f"judge: {cut:.0%} of contexts were cut from the left to fit the judge's longest prompt")
-    bias = metrics["judge/length_bias"]
-    if abs(bias) > thresholds.max_length_bias and metrics["judge/comparisons"] >= MIN_LENGTH_BIAS_COMPARISONS:
+        warnings.append(f"{judge}: {cut:.0%} of contexts were cut from the left to fit the judge's longest prompt")
+    bias, valid = metrics["judge/length_bias"], round(metrics["judge/comparisons"] * (1.0 - invalid))
+    if abs(bias) > thresholds.max_length_bias and valid >= MIN_LENGTH_BIAS_COMPARISONS:
         kind = "longer" if bias > 0 else "shorter"
-        warnings.append(f"judge: it prefers {kind} responses (correlation {bias:+.2f} with the length difference)")
+        warnings.append(f"{judge}: it prefers {kind} responses (correlation {bias:+.2f} with the length difference)")
+    spread = metrics.get("judge/score_spread")
+    if spread is not None and spread < thresholds.min_score_spread:
+        warnings.append(
+            f"{judge}: scores of one prompt's responses differ by {spread:.2g} only ({judge}.health.min_score_spread = "
+            f"{thresholds.min_score_spread:g}); the judge or the samples have grown alike"
+        )
     return warnings
 
 
-def check_valid_share(verdicts: Sequence[Verdict], min_valid: float, where: str) -> None:
+def check_valid_share(verdicts: Sequence[Verdict], min_valid: float, where: str, *, judge: str = "judge") -> None:
     """Raise `RLHFError` if less than `min_valid` of the comparisons have a verdict; none at all are no failure.
 
-    `where` opens the message: the round, say.
+    `where` opens the message: the round, say. `judge` is the judge's config key.
     """
     reasons = Counter(verdict.reason for verdict in verdicts if verdict.state is VerdictState.INVALID)
     if not reasons or (share := (len(verdicts) - reasons.total()) / len(verdicts)) >= min_valid:
@@ -74,7 +89,7 @@ def check_valid_share(verdicts: Sequence[Verdict], min_valid: float, where: str)
     reason, count = reasons.most_common(1)[0]
     shown = " ".join(reason.split())[:_REASON_CHARS] or "none given"
     raise RLHFError(
-        f"{where}: only {share:.1%} of {len(verdicts)} comparisons could be judged, judge.health.min_valid = "
+        f"{where}: only {share:.1%} of {len(verdicts)} comparisons could be judged, {judge}.health.min_valid = "
         f"{min_valid:g}; most frequent reason ({count} times): {shown}; mend the judge and run the same command again"
     )
 

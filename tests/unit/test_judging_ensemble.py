@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from rlhf.config.judge import EnsembleJudge as EnsembleConfig
 from rlhf.config.judge import Judge
@@ -108,6 +108,15 @@ async def test_members_scores_are_not_mixed(method: Literal["weights", "vote"]) 
     members = [(Fixed((0.9, 0.9), (0.3, 0.1)), 1.0), (Fixed((0.9, 0.9), (-7.0, -40.0)), 1.0)]
     [verdict] = await EnsembleJudge(members, method, 1.0).compare([AB])
     assert (verdict.score_a, verdict.score_b) == (None, None)
+
+
+def test_thresholds_of_a_member_are_refused() -> None:
+    sentiment: dict[str, Any] = {"type": "sentiment"}
+    fields = {"type": "ensemble", "members": [{"judge": sentiment}, {"judge": sentiment | {"health": {}}}]}
+    assert TypeAdapter(Judge).validate_python(fields | {"health": {"max_tie_rate": 0.1}}).health.max_tie_rate == 0.1
+    fields["members"] = [{"judge": sentiment}, {"judge": sentiment | {"health": {"min_valid": 0.5}}}]
+    with pytest.raises(ValidationError, match=r"judge\.members\.1\.judge\.health.*set judge\.health of the ensemble"):
+        TypeAdapter(Judge).validate_python(fields)
 
 
 def example() -> EnsembleJudge:

@@ -97,6 +97,37 @@ def test_length_bias_of_few_comparisons_is_no_warning() -> None:
     assert health_warnings(judge_metrics([verdict("aa", "b", 0.9), verdict("a", "bb", 0.1)])) == []
 
 
+def test_comparisons_without_a_verdict_do_not_count_for_the_length_bias() -> None:
+    biased = [verdict("aa", "b", 0.9), verdict("a", "bb", 0.1)] * 9
+    failed = [invalid_verdict(Comparison("p", (), "a", "b"), "x")]
+    lax = JudgeHealth(max_invalid_rate=1)
+    assert health_warnings(judge_metrics([*biased, *failed * 2]), lax) == []
+    assert health_warnings(judge_metrics([*biased, verdict("aa", "b", 0.9), *failed * 40]), lax) == []
+    for invalid in (0, 1, 7, 41, 999):
+        [warning] = health_warnings(judge_metrics([*biased, *biased[:2], *failed * invalid]), lax)
+        assert "prefers longer responses" in warning
+
+
+def test_a_small_score_spread_is_a_warning_where_one_is_asked_for() -> None:
+    alike = [verdict("x", "y", 0.7, score_a=0.5, score_b=0.4), verdict("x", "y", 0.7, uid="q", score_a=1, score_b=0.9)]
+    metrics = judge_metrics(alike)
+    assert metrics["judge/score_spread"] == pytest.approx(0.05)
+    assert health_warnings(metrics) == []
+    assert health_warnings(metrics, JudgeHealth(min_score_spread=0.049)) == []
+    [warning] = health_warnings(metrics, JudgeHealth(min_score_spread=0.051))
+    assert [word for word in ("0.05 ", "judge.health.min_score_spread = 0.051") if word not in warning] == []
+    assert health_warnings(judge_metrics([verdict("x", "y", 0.7)]), JudgeHealth(min_score_spread=9)) == []
+
+
+def test_the_messages_name_the_judge_and_where_its_reasons_are() -> None:
+    bad = [invalid_verdict(Comparison("p", (), "a", "b"), "blank"), verdict("a", "b", 0.8, 0.1)]
+    warnings = health_warnings(judge_metrics(bad), judge="eval_judge", reasons="evaluation/round-0004-verdicts.parquet")
+    assert [warning.startswith("eval_judge: ") for warning in warnings] == [True, True]
+    assert "see the reasons in evaluation/round-0004-verdicts.parquet" in warnings[1]
+    with pytest.raises(RLHFError, match=r"^evaluation of round 4: only 50.0% .* eval_judge\.health\.min_valid = 0.6"):
+        check_valid_share(bad, 0.6, "evaluation of round 4", judge="eval_judge")
+
+
 def test_score_spread_is_the_mean_over_prompts_of_what_their_responses_differ() -> None:
     verdicts = [
         verdict("x", "y", 0.7, score_a=1.0, score_b=0.0),
