@@ -66,6 +66,10 @@ class LearnerActor:
         """Summed log-probs of `pairs`, float64 [n, 2]."""
         return self._learner.score(pairs).double().numpy()
 
+    def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """Loss and rewards of `pairs`, equal on every rank."""
+        return self._learner.evaluate(pairs)
+
     def save(self, path: Path) -> None:
         """Write this rank's part of a checkpoint."""
         self._learner.save(path)
@@ -158,6 +162,11 @@ class LearnerGroup:
     async def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Summed log-probs of `pairs` under the policy: float64 [n, 2]."""
         found = await self._all("score", self._deadlines.learn, f"scoring {len(pairs)} pairs", tuple(pairs))
+        return found[0]
+
+    async def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """Mean loss and rewards of `pairs` under the policy, without a step."""
+        found = await self._all("evaluate", self._deadlines.learn, f"evaluating {len(pairs)} pairs", tuple(pairs))
         return found[0]
 
     async def save(self, path: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from rlhf import __version__
 from rlhf.cli_judge import judge_app
-from rlhf.config import load_config
+from rlhf.config import OfflineConfig, load_config, load_run
 from rlhf.errors import RLHFError, naming
 
 app = typer.Typer(
@@ -36,9 +36,12 @@ def train(
     fresh: Annotated[bool, typer.Option("--fresh", help="Empty the run directory and start over.")] = False,
 ) -> None:
     """Run to the end, or resume a run directory that is not finished."""
-    resolved = load_config(config, overrides or ())
+    resolved = load_run(config, overrides or ())
     with naming(config):
-        importlib.import_module("actors.app").train(resolved, fresh=fresh)
+        if isinstance(resolved, OfflineConfig):
+            importlib.import_module("actors.offline").train_preferences(resolved, fresh=fresh)
+        else:
+            importlib.import_module("actors.app").train(resolved, fresh=fresh)
 
 
 @app.command()

@@ -107,6 +107,10 @@ class Learner(Protocol):
         """Summed log-probs of `pairs` under the policy: float64 [n, 2], chosen then rejected."""
         ...
 
+    async def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """Mean loss, rewards/*, logps/* and kl/mean of `pairs` as a step on them would report; nothing moves."""
+        ...
+
     async def save(self, path: Path) -> None:
         """Write a checkpoint folder, whole or not at all."""
         ...

@@ -11,11 +11,30 @@ from pydantic import BaseModel, ValidationError
 from rlhf.config.explain import explain
 from rlhf.config.judge import with_path
 from rlhf.config.judging import JudgeRun, JudgeTraining
+from rlhf.config.offline import OfflineConfig
 from rlhf.config.run import RunConfig
 from rlhf.config.yamlfile import parse_yaml, read_yaml
 from rlhf.errors import InputError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | OfflineConfig:
+    """Read and validate what `rlhf train` takes: with a `preferences` section an offline training, else a run.
+
+    Raises `InputError` as `load_config` does, and where both prompts and preferences are given.
+    """
+    source = str(path)
+    data = apply_overrides(read_yaml(path), overrides, source)
+    if data.get("preferences") is None:
+        return validate(data, source)
+    online = [key for key in ("prompts", "rounds", "generator", "judge", "eval_judge", "pairing") if data.get(key)]
+    if online:
+        raise InputError(
+            f"{source}: preferences and {online[0]} are both given; a run samples its pairs from prompts or takes them "
+            f"from a preference set: leave out {online[0]}, or preferences"
+        )
+    return validate(data, source, OfflineConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -11,15 +11,18 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlhf.config.judging import JudgeRun, JudgeTraining
+from rlhf.config.offline import OfflineConfig
 from rlhf.config.run import RunConfig
 
 PAGE = Path("docs/configuration.md")
 SCHEMAS: dict[Path, type[BaseModel]] = {
     Path("configs/config.schema.json"): RunConfig,
+    Path("configs/offline.schema.json"): OfflineConfig,
     Path("configs/judge-train.schema.json"): JudgeTraining,
     Path("configs/judges/judge.schema.json"): JudgeRun,
 }
 _OTHERS = (
+    ("`rlhf train` on a preference set", OfflineConfig),
     ("`rlhf judge train`", JudgeTraining),
     ("`rlhf judge score` and `rlhf judge bench`", JudgeRun),
 )

@@ -33,7 +33,7 @@ class RunConfig(Section):
     evaluation: Evaluation = Field(default_factory=lambda: Evaluation(), description="Evaluation.")
     monitor: Monitor = Field(default_factory=lambda: Monitor(), description="Monitoring.")
     cluster: Cluster = Field(default_factory=lambda: Cluster(), description="The cluster.")
-    preferences: Reserved = Field(None, description="Reserved: offline preference pairs.")
+    preferences: Reserved = Field(None, description="Only null here: a file with `preferences` in place of `prompts` is an offline training.")
     buffer: Reserved = Field(None, description="Reserved: replay buffer.")
 
     @field_validator("name")

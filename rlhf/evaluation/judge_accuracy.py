@@ -15,6 +15,18 @@ from rlhf.ports import Learner, Monitor
 from rlhf.records import Verdict, VerdictState
 
 
+ROWS = (
+    ("accuracy", "eval/accuracy", "{:.3f}"),
+    ("  95 % interval, low", "eval/accuracy_low", "{:.3f}"),
+    ("  95 % interval, high", "eval/accuracy_high", "{:.3f}"),
+    ("contradicting orders half right", "eval/accuracy_strict", "{:.3f}"),
+    ("orders that contradict", "eval/flip_rate", "{:.1%}"),
+    ("length bias", "eval/length_bias", "{:+.2f}"),
+    ("Brier score", "eval/brier", "{:.3f}"),
+)
+"""The table a training ends with."""
+
+
 class JudgeAccuracy:
     """The `RoundEvaluator` of judge training: reads both answers' log-probs from the learner itself."""
 

@@ -17,7 +17,11 @@ ROWS = (
 )
 
 
-def show_summary(run_dir: Path, monitor: Monitor) -> None:
+Rows = tuple[tuple[str, str, str], ...]
+"""(label, metric, format) of each row of a table."""
+
+
+def show_summary(run_dir: Path, monitor: Monitor, rows: Rows = ROWS, what: str = "held-out prompts") -> None:
     """Show the first and the last `eval` event of metrics.jsonl side by side; what neither has is no row."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evals = [event for line in lines if (event := json.loads(line))["event"] == "eval"]
@@ -29,6 +33,6 @@ def show_summary(run_dir: Path, monitor: Monitor) -> None:
         value = event.get(key)
         return "" if value is None else form.format(value)
 
-    rows = [(name, shown(first, key, form), shown(last, key, form)) for name, key, form in ROWS]
-    rows = [row for row in rows if any(row[1:])]
-    monitor.table("before and after", ("held-out prompts", f"round {first['round']}", f"round {last['round']}"), rows)
+    table = [(name, shown(first, key, form), shown(last, key, form)) for name, key, form in rows]
+    table = [row for row in table if any(row[1:])]
+    monitor.table("before and after", (what, f"round {first['round']}", f"round {last['round']}"), table)

@@ -6,13 +6,11 @@ is on the answer alone and padding has no part in it.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-
-import numpy as np
 
 from rlhf.data.preferences import PreferenceExample
 from rlhf.judging.pair_prompt import PairPrompt, format_context
 from rlhf.records import Comparison, Pair
+from rlhf.rounds.segments import Segments
 from rlhf.seeds import derive_seed
 
 
@@ -66,56 +64,30 @@ def answer_rows(uid: str, orders: Sequence[Sequence[int]], answers: tuple[int, i
 
 
 class JudgeRows:
-    """The training rows of all epochs, cut into segments of a fixed number of optimizer steps.
-
-    The order of an epoch and the side of each pair are drawn from the seed, so a segment is the same whenever it is
-    asked for. Nothing is encoded before its segment is due.
-    """
+    """The rows of judge training, segment by segment; nothing is encoded before its segment is due."""
 
     def __init__(
-        self,
-        examples: Sequence[PreferenceExample],
-        prompt: PairPrompt,
-        *,
-        both_orders: bool,
-        seed: int,
-        epochs: int,
-        batch_size: int,
-        steps: int,
+        self, examples: Sequence[PreferenceExample], prompt: PairPrompt, segments: Segments, *, both_orders: bool
     ) -> None:
-        """`batch_size` rows a step, `steps` steps a segment."""
+        """`segments` cuts `examples`; with `both_orders` each makes two rows, else one on a side drawn from the seed."""
         self._examples = examples
         self._prompt = prompt
+        self._segments = segments
         self._both = both_orders
-        self._seed = seed
-        self._epochs = epochs
-        self._per_segment = steps * (batch_size // 2 if both_orders else batch_size)
-
-    @property
-    def segments(self) -> int:
-        """Number of segments over all epochs."""
-        return -(-len(self._examples) * self._epochs // self._per_segment)
 
     def segment(self, round: int) -> tuple[list[Pair], int]:
-        """Rows of segment `round` (from 1) in training order, and how many examples could not be judged.
+        """Rows of segment `round` in training order, and how many of its examples cannot be judged.
 
         With both orders an example's two rows are neighbours. Uids begin with their place, which keeps the order in
         a sealed file.
         """
-        size, start = len(self._examples), (round - 1) * self._per_segment
-        orders = lru_cache(self._order)  # a segment touches one or two epochs
-        places = [
-            (place, place // size, self._examples[orders(place // size)[place % size]])
-            for place in range(start, min(start + self._per_segment, size * self._epochs))
-        ]
+        places = self._segments.places(round)
+        encoded = encode_examples([self._examples[index] for _, _, index in places], self._prompt)
         rows: list[Pair] = []
-        encoded = encode_examples([example for _, _, example in places], self._prompt)
-        for (place, epoch, example), ids in zip(places, encoded, strict=True):
+        for (place, epoch, index), ids in zip(places, encoded, strict=True):
             if ids is not None:
-                both = answer_rows(f"{place:08d}-{example.uid}", ids, self._prompt.answer_ids, round)
-                side = derive_seed(self._seed, "side", example.uid, epoch) % 2
+                uid = self._examples[index].uid
+                both = answer_rows(f"{place:08d}-{uid}", ids, self._prompt.answer_ids, round)
+                side = derive_seed(self._segments.seed, "side", uid, epoch) % 2
                 rows += both if self._both else [both[side]]
         return rows, encoded.count(None)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))

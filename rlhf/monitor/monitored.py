@@ -1,5 +1,5 @@
 """Configs that have a run directory and a monitor."""
 
-from rlhf.config import JudgeTraining, RunConfig
+from rlhf.config import OfflineTraining, RunConfig
 
-Monitored = RunConfig | JudgeTraining
+Monitored = RunConfig | OfflineTraining

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from rlhf.config import JudgeTraining, RunConfig
+from rlhf.config import OfflineTraining, RunConfig
 from rlhf.errors import InputError
 from rlhf.files import write_atomic
 
@@ -32,7 +32,7 @@ _OF_A_JUDGE = re.compile(rf"judge\.(members\.\d+\.judge\.)?({'|'.join(FREE_OF_A_
 
 
 @contextmanager
-def open_run_directory(config: RunConfig | JudgeTraining, fresh: bool) -> Iterator[Path]:
+def open_run_directory(config: RunConfig | OfflineTraining, fresh: bool) -> Iterator[Path]:
     """The run's folder, locked; made if new, emptied if `fresh`.
 
     Raises `InputError` if another process works in it, if it belongs to another config, or if it cannot be written.
@@ -63,7 +63,7 @@ def _empty(path: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _claim(path: Path, config: RunConfig | JudgeTraining) -> None:
+def _claim(path: Path, config: RunConfig | OfflineTraining) -> None:
     file = path / "config.yaml"
     resolved = config.model_dump(mode="json")
     # The round-0 evaluation comes before the first plan, and depends on the config as the plan does.

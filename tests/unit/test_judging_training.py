@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from actors.judge_training import without_conversations
 from rlhf.config import JudgeTraining
 from rlhf.data.preferences import PreferenceExample
+from rlhf.data.training_sets import without_conversations
 from rlhf.errors import RLHFError
 from rlhf.evaluation.judge_accuracy import accuracy_metrics
 from rlhf.judging.pair_prompt import PairPrompt
 from rlhf.judging.training import JudgeRows, comparison, encode_examples
 from rlhf.judging.verdicts import make_verdict
 from rlhf.records import Message
+from rlhf.rounds.segments import Segments
 
 SMOLLM2 = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
 
@@ -39,8 +40,9 @@ def prompt(tokenizer) -> PairPrompt:
 
 
 def rows(prompt, count=5, **changes) -> JudgeRows:
-    options = {"both_orders": True, "seed": 0, "epochs": 1, "batch_size": 4, "steps": 1} | changes
-    return JudgeRows([example(i) for i in range(count)], prompt, **options)
+    options = {"epochs": 1, "per_segment": 2, "seed": 0} | changes
+    both = options.pop("both_orders", True)
+    return JudgeRows([example(i) for i in range(count)], prompt, Segments(count, **options), both_orders=both)
 
 
 def test_a_row_is_the_judge_s_prompt_and_the_right_letter(prompt, tokenizer):
@@ -61,25 +63,30 @@ def test_a_row_is_the_judge_s_prompt_and_the_right_letter(prompt, tokenizer):
 @given(
     count=st.integers(1, 9),
     epochs=st.integers(1, 3),
-    steps=st.integers(1, 3),
+    per_segment=st.integers(1, 7),
     both=st.booleans(),
     seed=st.integers(0, 5),
 )
-def test_segments_hold_every_example_once_an_epoch(prompt, count, epochs, steps, both, seed):
-    made = rows(prompt, count, epochs=epochs, steps=steps, both_orders=both, seed=seed)
-    segments = [made.segment(round)[0] for round in range(1, made.segments + 1)]
-    flat = [row for segment in segments for row in segment]
+def test_segments_hold_every_example_once_an_epoch(prompt, count, epochs, per_segment, both, seed):
+    def segments():
+        made = rows(prompt, count, epochs=epochs, per_segment=per_segment, both_orders=both, seed=seed)
+        number = Segments(count, epochs, per_segment, seed).count
+        return [made.segment(round)[0] for round in range(1, number + 1)]
+
+    found = segments()
+    flat = [row for segment in found for row in segment]
     per_example = Counter(row.uid.split("-")[1] for row in flat)
-    assert set(per_example.values()) == {epochs * (2 if both else 1)}
+    width = 2 if both else 1
+    assert set(per_example.values()) == {epochs * width}
     assert len(per_example) == count
-    assert all(segments)
-    assert [len(segment) for segment in segments[:-1]] == [4 * steps] * (len(segments) - 1)
+    assert all(found)
+    assert [len(segment) for segment in found[:-1]] == [per_segment * width] * (len(found) - 1)
     assert [row.uid for row in flat] == sorted(row.uid for row in flat), "a sealed file is sorted by uid"
-    assert made.segment(1) == rows(prompt, count, epochs=epochs, steps=steps, both_orders=both, seed=seed).segment(1)
+    assert segments() == found
 
 
 def test_sides_are_random_and_differ_between_epochs(prompt):
-    made = rows(prompt, 200, both_orders=False, epochs=2, batch_size=200)
+    made = rows(prompt, 200, both_orders=False, epochs=2, per_segment=200)
     sides = [{row.uid[9:25]: row.uid[-1] for row in made.segment(round)[0]} for round in (1, 2)]
     share = sum(side == "a" for side in sides[0].values()) / 200
     assert 0.35 < share < 0.65
@@ -94,15 +101,8 @@ def test_a_long_context_is_cut_and_long_responses_are_left_out(tokenizer):
     assert orders is not None
     assert max(map(len, orders)) <= 90
     assert "[RESPONSE A] yes [RESPONSE B] no" in tokenizer.decode(orders[0])
-    made = JudgeRows(
-        [long_context, example(1, chosen="word " * 200)],
-        short,
-        both_orders=True,
-        seed=0,
-        epochs=1,
-        batch_size=4,
-        steps=1,
-    )
+    examples = [long_context, example(1, chosen="word " * 200)]
+    made = JudgeRows(examples, short, Segments(2, epochs=1, per_segment=2, seed=0), both_orders=True)
     rows, unusable = made.segment(1)
     assert ([row.uid[9:25] for row in rows], unusable) == (["c" * 16] * 2, 1)
 

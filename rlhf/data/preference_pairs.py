@@ -1,0 +1,61 @@
+"""Preference examples as the policy's token ids: prompts through the chat template, responses with their end token."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rlhf.data.chat import encode_prompt
+from rlhf.data.preferences import PreferenceExample
+from rlhf.errors import InputError
+from rlhf.records import Pair
+from rlhf.rounds.segments import Segments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def encode_pair(example: PreferenceExample, tokenizer: "PreTrainedTokenizerBase", uid: str, round: int) -> Pair:
+    """The example as a pair; a response is its text's tokens and the end token that sampling would stop at."""
+    prompt, prompt_ids = encode_prompt(tokenizer, example.messages)
+    end = (int(tokenizer.eos_token_id),)
+
+    def response(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
+
+    return Pair(
+        uid=uid,
+        round=round,
+        prompt_ids=prompt_ids,
+        chosen_ids=response(example.chosen),
+        rejected_ids=response(example.rejected),
+        prompt=prompt,
+        chosen=example.chosen,
+        rejected=example.rejected,
+        p_chosen=1.0,
+        chosen_version=round - 1,
+        rejected_version=round - 1,
+    )
+
+
+class PreferencePairs:
+    """The pairs of an offline training, segment by segment; nothing is encoded before its segment is due."""
+
+    def __init__(
+        self, examples: Sequence[PreferenceExample], tokenizer: "PreTrainedTokenizerBase", segments: Segments
+    ) -> None:
+        """Raises `InputError` for a tokenizer without an end token."""
+        if tokenizer.eos_token_id is None:
+            raise InputError(
+                f"policy.path = {tokenizer.name_or_path}: the tokenizer has no end token (eos_token); set it in "
+                "tokenizer_config.json"
+            )
+        self._examples = examples
+        self._tokenizer = tokenizer
+        self._segments = segments
+
+    def segment(self, round: int) -> tuple[list[Pair], int]:
+        """Pairs of segment `round` in training order, their uids beginning with their place; none is unusable."""
+        pairs = [
+            encode_pair(self._examples[index], self._tokenizer, f"{place:08d}-{self._examples[index].uid}", round)
+            for place, _, index in self._segments.places(round)
+        ]
+        return pairs, 0
