@@ -61,10 +61,10 @@ async def export_policy(learner: Learner, run_dir: Path, monitor: MonitorGroup) 
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[None]:
+def stop_on_sigterm(then: str = "the same command goes on from the last saved round") -> Iterator[None]:
     """SIGTERM cancels the run, which ends after the save under way; a second one ends the process at once.
 
-    Enter it once Ray has been started: Ray puts a handler of its own in place.
+    `then` ends the message: how to go on. Enter it once Ray has been started: Ray puts a handler of its own in place.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     stopped = False
@@ -83,7 +83,7 @@ def stop_on_sigterm() -> Iterator[None]:
     except asyncio.CancelledError:
         if not stopped:
             raise
-        raise Stopped("stopped by SIGTERM; the same command goes on from the last saved round") from None
+        raise Stopped(f"stopped by SIGTERM; {then}") from None
     finally:
         loop.remove_signal_handler(signal.SIGTERM)
 

@@ -15,6 +15,7 @@ from rlhf.errors import InputError, naming
 if TYPE_CHECKING:
     from rich.progress import Task
 
+    from rlhf.judging.score_lines import Tally
     from rlhf.ports import Judge
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ def bench(
         with _progress("judging", len(examples), 0) as advance:
             return await run_bench(judge, examples, advance, ties)
 
-    report = _with_judge(config, resolved, work)
+    report = _with_judge(config, resolved, work, "nothing is written; the same command starts over")
     source = {"path": data, "split": split, "name": name, "examples": len(examples), "dropped": found.dropped}
     whole = {"judge": resolved.judge.model_dump(mode="json"), "data": source, **report.to_json()}
     text = json.dumps(whole, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -84,25 +85,45 @@ def score(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Write a malformed line as invalid instead of stopping before the start.")
     ] = False,
+    retry_invalid: Annotated[
+        bool, typer.Option("--retry-invalid", help="First judge again the lines that are invalid in the output.")
+    ] = False,
 ) -> None:
     """Score a file of comparisons; started again after a stop, it goes on where it was."""
-    from rlhf.judging import score_file
+    from rlhf.judging import score_file, score_retry
 
     resolved = load_judge_config(config, overrides or ())
     with naming(config):
         identity = _identity(resolved)
+    min_valid = resolved.judge.health.min_valid
     with score_file.open_job(input, output, identity, skip_bad=skip_bad) as job:
-        if job.done == job.total:
-            print(f"{output}: all {job.total} lines are scored; nothing to do")
+        again = score_retry.count_again(job) if retry_invalid else 0
+        if job.done == job.total and not again:
+            written = score_retry.written_tally(job)
+            print(f"{output}: all {job.total} lines are scored; nothing to do{_invalid(written)}")
             return
 
-        async def work(judge: "Judge") -> dict[str, int]:
+        async def work(judge: "Judge") -> tuple["Tally | None", "Tally"]:
+            retried = None
+            if again:
+                with _progress("judging again", again, 0) as advance:
+                    retried = await score_retry.retry_invalid(judge, job, advance, min_valid=min_valid)
             with _progress("scoring", job.total, job.done) as advance:
-                return await score_file.score(judge, job, advance)
+                return retried, await score_file.score(judge, job, advance, min_valid=min_valid)
 
-        counts = _with_judge(config, resolved, work)
-    shown = ", ".join(f"{count} {state}" for state, count in counts.items())
-    print(f"{output}: {sum(counts.values())} lines scored ({shown}), {job.done} were there before")
+        then = f"the same command goes on behind the last line of {output}"
+        retried, new = _with_judge(config, resolved, work, then)
+    if retried is not None:
+        print(f"{output}: {retried.total} lines judged again ({retried}){_invalid(retried)}")
+    print(f"{output}: {new.total} lines scored ({new}), {job.done} were there before{_invalid(new)}")
+
+
+def _invalid(tally: "Tally") -> str:
+    """Why lines are invalid, and what to do about it."""
+    if not tally.invalid:
+        return ""
+    retry = "; --retry-invalid judges them again" if tally.invalid > tally.bad else ""
+    return f"; {tally.invalid} invalid, {tally.common_reason()}{retry}"
 
 
 @judge_app.command()
@@ -117,22 +138,23 @@ def train(
         importlib.import_module("actors.judge_training").train_judge(resolved, fresh=fresh)
 
 
-def _with_judge(config: str, resolved: JudgeRun, work: Callable[["Judge"], Awaitable[T]]) -> T:
+def _with_judge(config: str, resolved: JudgeRun, work: Callable[["Judge"], Awaitable[T]], then: str) -> T:
+    """`then` tells a user who stopped the command how it goes on."""
     with naming(config):
-        result: T = importlib.import_module("actors.judging").run_with_judge(resolved, work)
+        result: T = importlib.import_module("actors.judging").run_with_judge(resolved, work, then)
     return result
 
 
 def _identity(config: JudgeRun) -> str:
     """What the verdicts depend on: the identities of the judges, and how an ensemble puts them together."""
     from rlhf.config.judge import EngineJudge, EnsembleJudge, single_judges
+    from rlhf.inputs import judge_folder
     from rlhf.judging.cache import judge_identity
-    from rlhf.modelfiles import local_folder
 
     identities = []
     for key, judge in single_judges(config.judge):
-        if isinstance(judge, EngineJudge) and judge.path is not None:
-            judge = judge.model_copy(update={"path": str(local_folder(judge.path, f"{key}.path"))})
+        if isinstance(judge, EngineJudge):
+            judge = judge.model_copy(update={"path": str(judge_folder(judge, key))})
         identities.append(judge_identity(judge))
     if not isinstance(config.judge, EnsembleJudge):
         return identities[0]

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class Engine:
 
         register()
         self._salt = 0
+        self._calls = count()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
 
     def shutdown(self) -> None:
@@ -71,9 +73,11 @@ class Engine:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=1.0, logprob_token_ids=list(token_ids))
+        # Requests of a call that was cancelled may still be ending: no name is used twice.
+        call = next(self._calls)
 
         async def score(index: int, prompt: Sequence[int]) -> list[float]:
-            final = await self._run(prompt, params, f"score-{id(prompts)}-{index}")
+            final = await self._run(prompt, params, f"score-{call}-{index}")
             found = final.outputs[0].logprobs[0]
             return [found[token].logprob if token in found else float("nan") for token in token_ids]
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from rlhf.judging.verdicts import check_complete
 from rlhf.ports import Judge
-from rlhf.records import Comparison, Verdict
+from rlhf.records import Comparison, Verdict, VerdictState
 
 CHUNK = 256
 """Comparisons of a chunk: a few engine batches, and small enough for progress to be seen."""
@@ -39,6 +39,13 @@ async def judge_chunks(
 
 
 async def _judge(judge: Judge, chunk: Sequence[Comparison]) -> list[Verdict]:
-    verdicts = await judge.compare(chunk) if chunk else []
-    check_complete(chunk, verdicts)
-    return verdicts
+    """The verdicts of a chunk; identical responses tie, whatever the judge, and are not asked about."""
+    asked = [comparison for comparison in chunk if comparison.a != comparison.b]
+    verdicts = await judge.compare(asked) if asked else []
+    check_complete(asked, verdicts)
+    found = iter(verdicts)
+    return [next(found) if comparison.a != comparison.b else _same(comparison) for comparison in chunk]
+
+
+def _same(comparison: Comparison) -> Verdict:
+    return Verdict(comparison, 0.5, 0.5, VerdictState.TIE, reason="the responses are identical")

@@ -1,5 +1,6 @@
 """`rlhf judge bench` and `rlhf judge score` as commands: the sentiment judge on Ray, and every kind of bad input."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -11,6 +12,12 @@ import pytest
 import yaml
 
 from rlhf import cli
+from rlhf.cli_judge import _identity
+from rlhf.config import load_judge_config
+from rlhf.config.judge import SentimentJudge as Config
+from rlhf.judging.score_file import open_job
+from rlhf.judging.score_file import score as score_lines
+from rlhf.judging.sentiment import SentimentJudge
 
 ROOT = Path(__file__).parents[2]
 GOOD, BAD = "What a wonderful, happy day!", "This is a terrible, sad failure."
@@ -111,3 +118,27 @@ def test_bad_input_is_one_line(tmp_path: Path, judge: Path, capsys: pytest.Captu
     message = fails(capsys, "score", judge, *nowhere, "--input", data, "--output", out)
     assert message.startswith(f"rlhf: {judge}: judge.path")
     assert not out.exists()
+
+
+def test_a_judge_without_its_path_is_one_line(tmp_path: Path, judge: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = lines(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": GOOD, "rejected": BAD, "a": GOOD, "b": BAD}])
+    out = tmp_path / "out.jsonl"
+    for arguments in (("bench", judge, "judge.type=pair_model", "--data", data),
+                      ("score", judge, "judge.type=pair_model", "--input", data, "--output", out)):  # fmt: skip
+        assert fails(capsys, *arguments).startswith(f"rlhf: {judge}: judge.path: required here; ")
+    assert not out.exists()
+
+
+def test_nothing_to_do_tells_what_is_invalid(tmp_path: Path, judge: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = lines(tmp_path / "in.jsonl", [{"prompt": "p", "a": GOOD, "b": " "}, {"prompt": "q", "a": GOOD, "b": BAD}])
+    out = tmp_path / "out.jsonl"
+    identity = _identity(load_judge_config(str(judge), ()))
+    with open_job(source, out, identity) as job:
+        asyncio.run(score_lines(SentimentJudge(Config()), job, lambda amount: None))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["judge", "score", str(judge), "--input", str(source), "--output", str(out)])
+    assert not caught.value.code
+    assert capsys.readouterr().out == (
+        f"{out}: all 2 lines are scored; nothing to do; 1 invalid, most frequent reason (1 times): "
+        "response B is blank; --retry-invalid judges them again\n"
+    )

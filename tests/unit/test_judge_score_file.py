@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import hashlib
 import json
 import multiprocessing
 import time
@@ -15,8 +16,11 @@ from hypothesis import strategies as st
 
 from rlhf.config.judge import SentimentJudge as Config
 from rlhf.errors import InputError, RLHFError
-from rlhf.judging.score_file import OUTPUT_KEYS, open_job, score
+from rlhf.judging.score_file import open_job, score
+from rlhf.judging.score_lines import OUTPUT_KEYS
+from rlhf.judging.score_retry import count_again, retry_invalid, written_tally
 from rlhf.judging.sentiment import SentimentJudge
+from rlhf.judging.verdicts import invalid_verdict
 from rlhf.records import Comparison, Verdict
 
 JUDGE = SentimentJudge(Config())
@@ -37,9 +41,34 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def run(source: Path, out: Path, judge: Any = JUDGE, identity: str = "j", chunk: int = 3, **options: bool) -> Any:
+def run(
+    source: Path,
+    out: Path,
+    judge: Any = JUDGE,
+    identity: str = "j",
+    chunk: int = 3,
+    min_valid: float = 0.0,
+    **options: bool,
+) -> dict[str, int]:
     with open_job(source, out, identity, **options) as job:
-        return asyncio.run(score(judge, job, lambda amount: None, chunk=chunk))
+        return asyncio.run(score(judge, job, lambda amount: None, chunk=chunk, min_valid=min_valid)).counts
+
+
+def retry(source: Path, out: Path, judge: Any = JUDGE, min_valid: float = 0.0) -> dict[str, int]:
+    with open_job(source, out, "j") as job:
+        return asyncio.run(retry_invalid(judge, job, lambda amount: None, chunk=3, min_valid=min_valid)).counts
+
+
+class Down:
+    """The sentiment judge behind an endpoint that is down from a given comparison on."""
+
+    def __init__(self, after: int = 0) -> None:
+        self.left = after
+
+    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        up, self.left = comparisons[: self.left], max(0, self.left - len(comparisons))
+        down = [invalid_verdict(each, "nobody answers") for each in comparisons[len(up) :]]
+        return [*await JUDGE.compare(up), *down]
 
 
 class Counted:
@@ -68,7 +97,7 @@ def test_one_line_each_in_order_with_the_verdict_and_what_was_there(tmp_path: Pa
     moved: list[int] = []
     with open_job(source, out, "j") as job:
         assert (job.total, job.done, job.bad) == (8, 0, 0)
-        counts = asyncio.run(score(JUDGE, job, moved.append, chunk=3))
+        counts = asyncio.run(score(JUDGE, job, moved.append, chunk=3)).counts
     found = read(out)
     expected = asyncio.run(JUDGE.compare([Comparison("", (), each["a"], each["b"]) for each in rows]))
     assert [each["line"] for each in found] == list(range(1, 9))
@@ -114,6 +143,111 @@ def test_a_judge_that_dies_leaves_whole_lines_to_go_on_from(tmp_path: Path) -> N
     run(source, out, judge)
     assert judge.asked == 40 - left
     assert [each["id"] for each in read(out)] == list(range(40))
+
+
+def test_a_judge_that_is_down_writes_nothing_of_its_chunk(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", [row(number) for number in range(10)]), tmp_path / "out.jsonl"
+    with pytest.raises(RLHFError) as caught:
+        run(source, out, Down(), min_valid=0.1)
+    assert f"--input {source}: up to line 3: only 0.0% of 3 comparisons could be judged" in str(caught.value)
+    assert "(3 times): nobody answers" in str(caught.value)
+    assert (caught.value.exit_code, out.read_bytes()) == (1, b"")
+    # It fails with the 5th: the second chunk has one valid verdict of three, which is too few.
+    with pytest.raises(RLHFError, match=r"up to line 6: only 33\.3%"):
+        run(source, out, Down(after=4), min_valid=0.5)
+    assert [each["state"] == "invalid" for each in read(out)] == [False] * 3
+    run(source, out, min_valid=1.0)
+    whole = out.read_bytes()
+    out.unlink()
+    run(source, out)
+    assert out.read_bytes() == whole
+
+
+def test_a_short_last_chunk_is_judged_by_the_lines_before_it_too(tmp_path: Path) -> None:
+    rows = [row(number) for number in range(4)]
+    rows[3]["a"] = " "
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert run(source, out, min_valid=0.6)["invalid"] == 1
+    out.unlink()
+    with pytest.raises(RLHFError, match=r"only 66\.7% of 3"):
+        run(source, out, min_valid=0.7)
+
+
+def test_bad_lines_are_no_comparisons(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", ["{", "[]", row(0), "{"]), tmp_path / "out.jsonl"
+    assert run(source, out, min_valid=1.0, skip_bad=True)["invalid"] == 3
+
+
+def test_identical_responses_tie_unasked(tmp_path: Path) -> None:
+    rows = [row(0), row(1), row(2) | {"b": row(2)["a"]}]
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    run(source, out, judge := Counted())
+    assert judge.asked == 2
+    assert [(each["id"], each["state"]) for each in read(out)][2] == (2, "tie")
+    assert (read(out)[2]["p_ab"], read(out)[2]["p_ba"]) == (0.5, 0.5)
+    assert "identical" in read(out)[2]["reason"]
+
+
+def test_invalid_lines_are_judged_again(tmp_path: Path) -> None:
+    rows: list[Any] = [row(number) for number in range(11)]
+    rows[2] = "{"
+    source, out = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    run(source, out, skip_bad=True)
+    whole = out.read_bytes()
+    out.unlink()
+    assert run(source, out, Down(after=5), skip_bad=True)["invalid"] == 6
+    with open_job(source, out, "j") as job:
+        assert count_again(job) == 5
+        tally = written_tally(job)
+    assert (tally.total, tally.invalid, tally.bad) == (11, 6, 1)
+    assert tally.common_reason() == "most frequent reason (5 times): nobody answers"
+    # Down again: with a share to reach the output stays as it is.
+    before = out.read_bytes()
+    with pytest.raises(RLHFError, match=r"up to line 9: only 0\.0% of 3 .*\(3 times\): nobody answers"):
+        retry(source, out, Down(), min_valid=0.2)
+    assert out.read_bytes() == before
+    counts = retry(source, out, judge := Counted())
+    assert (judge.asked, sum(counts.values()), counts["invalid"]) == (5, 5, 0)
+    assert out.read_bytes() == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.meta.json"]
+
+
+def test_judging_again_and_the_rest_under_one_lock(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", [row(number) for number in range(7)]), tmp_path / "out.jsonl"
+    run(source, out)
+    whole = out.read_bytes()
+    out.unlink()
+    run(source, out, Down(after=1))
+    out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:3]))
+    with open_job(source, out, "j") as job:
+        assert (job.done, count_again(job)) == (3, 2)
+        asyncio.run(retry_invalid(JUDGE, job, lambda amount: None))
+        with pytest.raises(InputError, match="another process"):
+            run(source, out)
+        asyncio.run(score(JUDGE, job, lambda amount: None))
+    assert out.read_bytes() == whole
+    run(source, out)
+
+
+def test_an_edited_output_is_not_judged_again(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", [row(number) for number in range(4)]), tmp_path / "out.jsonl"
+    run(source, out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
+    with pytest.raises(InputError, match=r"its line for line 1 of the input was changed"):
+        retry(source, out)
+
+
+def test_the_judge_s_name_is_only_there_as_a_hash(tmp_path: Path) -> None:
+    source, out = write(tmp_path / "in.jsonl", [row(0)]), tmp_path / "out.jsonl"
+    run(source, out, identity='{"extra_body": "private"}')
+    text = (tmp_path / "out.jsonl.meta.json").read_text()
+    assert "private" not in text
+    digest = hashlib.sha256(b'{"extra_body": "private"}').hexdigest()
+    assert json.loads(text)["judge"] == f"sha256:{digest}"
+    run(source, out, identity='{"extra_body": "private"}')
+    with pytest.raises(InputError, match="another judge"):
+        run(source, out, identity="other")
 
 
 def _score_slowly(source: Path, out: Path) -> None:
