@@ -116,7 +116,11 @@ class LLMJudge(PooledJudge):
     """Any OpenAI-compatible endpoint."""
 
     type: Literal["llm"]
-    base_url: str = Field(description="Endpoint, such as https://host/v1; plain http only to this machine.")
+    base_url: str = Field(
+        description="Endpoint, such as https://host/v1; plain http only to this machine. A refused key, model or address "
+        "(HTTP 3xx, 401 to 404, no credit) stops the run before the first answer; later it makes verdicts invalid, and "
+        "`health.min_valid` decides."
+    )
     model: str = Field(description="Model name at the endpoint.")
     api_key_env: str | None = Field(
         None, description="Environment variable that holds the key; null sends none. The key is never written anywhere."
@@ -133,15 +137,24 @@ class LLMJudge(PooledJudge):
     )
     answer: Literal["auto", "logprobs", "json"] = Field(
         "auto",
-        description="logprobs: probabilities of the tokens A and B; json: structured output; auto takes log-probs "
-        "where the server gives them.",
+        description="logprobs: probabilities of the tokens A and B; json: structured output, where a winner in one "
+        "order and a tie in the other make 0.75; auto takes log-probs where the server gives them.",
+    )
+    min_letter_mass: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="With log-probs: a verdict is invalid where A and B together have less of the first token's "
+        "probability, since the model meant to say something else.",
     )
     batch_size: int = Field(256, ge=1, description="Comparisons sent to one actor at a time.")
     concurrency: int = Field(16, ge=1, description="Requests of one judge actor under way at once.")
     timeout_s: float = Field(60.0, gt=0, description="Seconds for one request.")
     retries: int = Field(4, ge=0, description="Further tries of a request that fails, backing off exponentially.")
     batch_timeout_s: float = Field(
-        900.0, gt=0, description="Seconds for a batch; what is not judged by then is invalid."
+        900.0,
+        gt=0,
+        description="Seconds for a batch; what is not judged by then is invalid. Less than `cluster.deadlines.judge`.",
     )
     max_requests: int | None = Field(
         None,

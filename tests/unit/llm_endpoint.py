@@ -44,13 +44,13 @@ class Endpoint:
 
 
 @asynccontextmanager
-async def serving(answer: Answer) -> AsyncIterator[Endpoint]:
+async def serving(answer: Answer, port: int = 0) -> AsyncIterator[Endpoint]:
     endpoint = Endpoint(answer)
     app = web.Application()
     app.router.add_post("/v1/chat/completions", endpoint.handle)
     runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", port)
     await site.start()
     endpoint.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     try:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rlhf.config.judge import LLMJudge as Config
 from rlhf.config.load import load_judge_config
 from rlhf.judging.llm import LLMJudge
+from rlhf.judging.llm.answers import NO_LOGPROBS
 from rlhf.records import VerdictState
 from tests.unit.llm_endpoint import A, B, comparison, completion, error, prefers, serving, shown_first, user_text
 
@@ -78,7 +79,8 @@ async def test_judge_that_prefers_the_first_place_ties() -> None:
         ("B", "A", 0.0, 0.0, "lose"),
         ("A", "A", 1.0, 0.0, "tie"),
         ("tie", "tie", 0.5, 0.5, "tie"),
-        ("tie", "B", 0.5, 1.0, "win"),
+        ("tie", "B", 0.5, 1.0, "win"),  # a tie contradicts no winner
+        ("B", "tie", 0.0, 0.5, "lose"),
     ],
 )
 async def test_structured_verdicts(a_first: str, b_first: str, p_ab: float, p_ba: float, state: str) -> None:
@@ -113,6 +115,65 @@ async def test_auto_goes_over_to_json_where_there_are_no_log_probs(refusal: int 
     assert len(endpoint.bodies) == asked + 2
 
 
+@pytest.mark.parametrize("odd", [0, 1, 2, 3])
+async def test_one_reply_without_log_probs_does_not_end_soft_verdicts(odd: int) -> None:
+    answers = prefers(A)
+
+    async def answer(body: dict[str, Any], n: int) -> Any:
+        if "response_format" in body:
+            return structured({"winner": "A" if shown_first(body) == A else "B"})
+        await asyncio.sleep(0 if n == odd else 0.1)
+        return completion("") if n == odd else answers(body, n)
+
+    async with serving(answer) as endpoint:
+        judge = endpoint.judge()
+        early = await judge.compare([comparison()])
+        later = await judge.compare([comparison()])
+        last = await judge.compare([comparison()])
+    soft = pytest.approx(1 / (1 + math.exp(-2)))
+    assert (last[0].p_ab, last[0].p_ba) == (soft, soft)
+    asked = sum("response_format" in body for body in endpoint.bodies)
+    if odd < 2:  # before any log-probs were seen, this order alone is asked in JSON
+        assert sorted([early[0].p_ab, early[0].p_ba]) == [soft, 1.0]
+        assert later[0].p == soft
+        assert asked == 1
+    else:
+        assert (later[0].state, later[0].reason) == (VerdictState.INVALID, NO_LOGPROBS)
+        assert asked == 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Invalid value: 'top_logprobs' must be at most 5.",
+        "Requested sample logprobs of 20, which is greater than max allowed: 5",
+    ],
+)
+async def test_server_that_lists_five_alternatives_is_asked_for_five(message: str) -> None:
+    answers = prefers(A)
+
+    def answer(body: dict[str, Any], n: int) -> Any:
+        return error(400, message) if body["top_logprobs"] > 5 else answers(body, n)
+
+    async with serving(answer) as endpoint:
+        judge = endpoint.judge(retries=0)
+        verdicts = [*await judge.compare([comparison()]), *await judge.compare([comparison()])]
+    assert [verdict.p for verdict in verdicts] == pytest.approx([1 / (1 + math.exp(-2))] * 2)
+    assert sorted(body["top_logprobs"] for body in endpoint.bodies) == [5, 5, 5, 5, 20, 20]
+
+
+async def test_server_that_lists_none_is_asked_in_json_after_five() -> None:
+    def answer(body: dict[str, Any], n: int) -> web.Response:
+        if "response_format" in body:
+            return structured({"winner": "tie"})
+        return error(400, "top_logprobs is not supported")
+
+    async with serving(answer) as endpoint:
+        [verdict] = await endpoint.judge(retries=0).compare([comparison()])
+    assert (verdict.state, verdict.p) == (VerdictState.TIE, 0.5)
+    assert len(endpoint.bodies) == 6
+
+
 async def test_logprobs_mode_never_goes_over_to_json() -> None:
     async with serving(lambda body, n: completion("A")) as endpoint:
         [verdict] = await endpoint.judge(answer="logprobs").compare([comparison()])
@@ -131,7 +192,7 @@ async def test_criteria_are_asked_one_by_one_and_weighted() -> None:
         return completion(logprobs={"A": logits[name, shown_first(body)] - 5, "B": -5.0})
 
     async with serving(answer) as endpoint:
-        [verdict] = await endpoint.judge(criteria=CRITERIA).compare([comparison()])
+        [verdict] = await endpoint.judge(criteria=CRITERIA, min_letter_mass=0).compare([comparison()])
     assert len(endpoint.bodies) == 4
     p = {key: 1 / (1 + math.exp(-logit)) for key, logit in logits.items()}
     ab = (3 * (2 * p["clear", A] - 1) + (2 * p["true", A] - 1)) / 4

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from rlhf.config.judge import LLMJudge as Config
@@ -14,6 +14,11 @@ from rlhf.judging.llm.prompt import Conversation, JudgePrompt, Question, combine
 from rlhf.records import Comparison, Message
 
 LOGPROB = st.floats(-30, 0)
+
+
+def p_first(reply: Reply) -> float | str:
+    """Whatever mass the letters hold."""
+    return letter_probability(reply, 0.0)
 
 
 def letters(*top: tuple[str, float | None], **choice: Any) -> Reply:
@@ -36,38 +41,58 @@ def test_p_is_the_softmax_over_all_tokens_that_read_a_or_b(first: list[float], s
     spellings = ["{}", " {}", "▁{}"]
     top = [(spellings[i].format(letter), v) for letter, vs in (("A", first), ("B", second)) for i, v in enumerate(vs)]
     mass_a, mass_b = (math.fsum(map(math.exp, values)) for values in (first, second))
-    p = letter_probability(letters(("The", -0.1), *top, ("a", -0.2), ("AB", -0.2)))
+    p = p_first(letters(("The", -0.1), *top, ("a", -0.2), ("AB", -0.2)))
     assert p == pytest.approx(mass_a / (mass_a + mass_b), rel=1e-9)
     mirrored = [({"A": "B", "B": "A"}[token[-1]], value) for token, value in top]
-    assert letter_probability(letters(*mirrored)) == pytest.approx(mass_b / (mass_a + mass_b), rel=1e-9)
+    assert p_first(letters(*mirrored)) == pytest.approx(mass_b / (mass_a + mass_b), rel=1e-9)
 
 
 def test_letter_that_is_not_listed_is_bounded_by_the_smallest_listed() -> None:
     expected = math.exp(-0.5) / (math.exp(-0.5) + math.exp(-4.0))
-    assert letter_probability(letters(("A", -0.5), ("The", -4.0), ("I", -2.0))) == pytest.approx(expected)
-    assert letter_probability(letters(("I", -2.0), ("The", -4.0), ("B", -0.5))) == pytest.approx(1 - expected)
-    assert letter_probability(letters(("A", -0.5))) == 0.5
+    assert p_first(letters(("A", -0.5), ("The", -4.0), ("I", -2.0))) == pytest.approx(expected)
+    assert p_first(letters(("I", -2.0), ("The", -4.0), ("B", -0.5))) == pytest.approx(1 - expected)
+    assert p_first(letters(("A", -0.5))) == 0.5
+
+
+@given(st.lists(LOGPROB, min_size=1, max_size=2), st.lists(LOGPROB, max_size=2), st.floats(0.01, 1))
+@example([-12.0], [-16.5], 0.1)
+@example([-2.0], [], 0.13)
+def test_letters_that_the_model_did_not_mean_are_not_read(
+    first: list[float], second: list[float], floor: float
+) -> None:
+    top = [(spelling, value) for spelling, value in zip(("A", " A"), first, strict=False)]
+    top += [(spelling, value) for spelling, value in zip(("B", " B"), second, strict=False)]
+    reply = letters(("I", -0.001), *top)
+    mass = math.fsum(map(math.exp, first + second))
+    assume(abs(mass - floor) > 1e-9)
+    read = letter_probability(reply, floor)
+    if mass > floor:
+        assert read == p_first(reply)
+    else:
+        assert isinstance(read, str)
+        assert read.endswith(f"of the first token's probability, less than judge.min_letter_mass {floor:g}")
+        assert len(read) <= 160
 
 
 def test_letter_of_no_probability_at_all_loses() -> None:
-    assert letter_probability(letters(("A", -0.1), ("B", -math.inf))) == 1.0
-    assert letter_probability(letters(("A", -9999.0), ("B", 1e-6))) == 0.0
+    assert p_first(letters(("A", -0.1), ("B", -math.inf))) == 1.0
+    assert p_first(letters(("A", -9999.0), ("B", 1e-6))) == 0.0
 
 
 @pytest.mark.parametrize("values", [(math.nan, -1.0), (-1.0, None), (0.7, -1.0), (-math.inf, -math.inf)])
 def test_log_probs_that_are_none_are_not_read(values: tuple[float | None, float | None]) -> None:
-    read = letter_probability(letters(("A", values[0]), ("B", values[1]), ("I", -1.0)))
+    read = p_first(letters(("A", values[0]), ("B", values[1]), ("I", -1.0)))
     assert read == "the reply's log-probs of A and B are not numbers"
 
 
 def test_replies_without_a_letter_say_why() -> None:
-    assert letter_probability(written("A")) == NO_LOGPROBS
-    assert letter_probability(letters()) == NO_LOGPROBS
-    assert "neither A nor B" in str(letter_probability(letters(("<think>", -0.1), ("a", -3.0))))
-    assert letter_probability(whole()) == "the reply holds no choices"
-    assert "content filter" in str(letter_probability(letters(("A", -0.1), finish_reason="content_filter")))
+    assert p_first(written("A")) == NO_LOGPROBS
+    assert p_first(letters()) == NO_LOGPROBS
+    assert "neither A nor B" in str(p_first(letters(("<think>", -0.1), ("a", -3.0))))
+    assert p_first(whole()) == "the reply holds no choices"
+    assert "content filter" in str(p_first(letters(("A", -0.1), finish_reason="content_filter")))
     refused = whole({"message": {"content": None, "refusal": "I cannot\nhelp."}})
-    assert letter_probability(refused) == "the model refused: 'I cannot help.'"
+    assert p_first(refused) == "the model refused: 'I cannot help.'"
 
 
 @pytest.mark.parametrize(

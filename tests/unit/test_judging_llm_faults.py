@@ -6,6 +6,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from email.utils import formatdate
 from typing import Any
 
@@ -124,6 +125,7 @@ HTML = "<!DOCTYPE html><html><body>Log in</body></html>"
         (lambda: completion('{"winner": "both"}'), "does not say A, B or tie"),
         (lambda: completion("", logprobs={"A": math.nan, "B": -1.0}), "not numbers"),
         (lambda: completion("", logprobs={"Sorry": -0.1}), "neither A nor B"),
+        (lambda: completion("", logprobs={"I": -0.001, "A": -12.0, "B": -16.5}), "have 6e-06 of the first token's"),
         (lambda: completion("A", finish_reason="content_filter"), "content filter"),
         (lambda: completion(message={"content": None, "refusal": "I will not."}), "refused: 'I will not.'"),
         (lambda: error(400, "a bad request"), "HTTP 400"),
@@ -207,17 +209,51 @@ async def test_refused_connection_is_invalid_after_the_tries() -> None:
     assert_invalid(verdict, "no connection to http://127.0.0.1:")
 
 
-async def test_endpoint_that_is_down_is_given_up_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "BACKOFF_S", 5.0)
-    judge = judge_at(closed_port(), retries=10, concurrency=4)
-    for tries in (client.MAX_UNANSWERED, 2 * client.MAX_UNANSWERED):
-        start = time.monotonic()
-        verdicts = await judge.compare([comparison()] * 50)
-        assert time.monotonic() - start < 4
-        for verdict in verdicts:
-            assert_invalid(verdict, "")
-        assert "did not answer 20 times in a row" in verdicts[-1].reason
-        assert tries <= judge._endpoint.budget.requests < tries + 4
+@pytest.mark.parametrize("fault", ["refused", "dropped"])
+async def test_outage_shorter_than_the_back_off_costs_nothing(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr(client, "BACKOFF_S", 0.2)
+    port, up = closed_port(), asyncio.Event()
+    answers = prefers(A)
+
+    async def answer(body: dict[str, Any], n: int) -> Any:
+        if not up.is_set():
+            raise asyncio.CancelledError  # the server drops the connection
+        return answers(body, n)
+
+    async with AsyncExitStack() as stack:
+        if fault == "dropped":
+            await stack.enter_async_context(serving(answer, port))
+        judge = judge_at(port, retries=4, concurrency=16)
+        call = asyncio.create_task(judge.compare([comparison()] * 40))
+        # It stays down until each of the 80 requests has failed, and more than enough of them a second time.
+        async with asyncio.timeout(20):
+            while judge._endpoint.budget.requests < 80 + client.MAX_UNANSWERED:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        up.set()
+        if fault == "refused":
+            await stack.enter_async_context(serving(answer, port))
+        verdicts = await call
+    assert {verdict.state for verdict in verdicts} == {VerdictState.WIN}
+
+
+async def test_endpoint_that_stays_silent_is_given_up_for_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "BACKOFF_S", 0.1)
+
+    async def answer(body: dict[str, Any], n: int) -> web.Response:
+        await asyncio.sleep(5)
+        return completion()
+
+    async with serving(answer) as endpoint:
+        judge = endpoint.judge(timeout_s=0.1, retries=2, concurrency=4)  # 100 requests, 3 tries each: 7.5 s
+        for _ in range(2):
+            before = judge._endpoint.budget.requests
+            start = time.monotonic()
+            verdicts = await judge.compare([comparison()] * 50)
+            assert 0.5 <= time.monotonic() - start < 3  # 0.5 s is what one request backs off at most
+            for verdict in verdicts:
+                assert_invalid(verdict, "")
+            assert "did not answer 20 times in a row" in verdicts[-1].reason
+            assert client.MAX_UNANSWERED <= judge._endpoint.budget.requests - before < 60
 
 
 async def test_connection_that_breaks_off_is_tried_again() -> None:
@@ -255,6 +291,21 @@ async def test_fault_that_all_comparisons_share_stops_the_run(status: int, messa
     assert KEY not in text
     assert "\n" not in text
     assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "bad key"), (402, "pay"), (403, "denied"), (404, "unknown"), (429, "insufficient_quota"), (307, "moved")],
+)
+async def test_refusal_after_an_answer_is_invalid_and_keeps_what_was_judged(status: int, message: str) -> None:
+    answers = prefers(A)
+    async with serving(lambda body, n: answers(body, n) if n in (0, 1, 4, 5) else error(status, message)) as endpoint:
+        judge = endpoint.judge(concurrency=1, retries=3)
+        verdicts = [*await judge.compare([comparison()] * 2), *await judge.compare([comparison()])]
+    assert [verdict.state for verdict in verdicts] == ["win", "invalid", "win"]
+    assert_invalid(verdicts[1], f"HTTP {status}")
+    assert message not in verdicts[1].reason
+    assert len(endpoint.bodies) == 6
 
 
 async def test_redirect_is_not_followed() -> None:

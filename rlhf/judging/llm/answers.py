@@ -61,17 +61,22 @@ def parse_reply(content: bytes) -> Reply | str:
         return f"the endpoint's reply is not a chat completion: {quote(content[:400].decode('utf-8', 'replace'))}"
 
 
-def letter_probability(reply: Reply) -> float | str:
+def has_logprobs(reply: Reply) -> bool:
+    """Does the reply list alternatives of its first token?"""
+    return any(_first_token(choice) for choice in reply.choices[:1])
+
+
+def letter_probability(reply: Reply, min_mass: float) -> float | str:
     """p(first) as the softmax over the first token's log-probs of `A` and `B`, blanks around them stripped.
 
-    A letter that is not listed is bounded by the smallest listed log-prob, which understates the confidence.
-    Returns `NO_LOGPROBS` or another reason when there is no such number.
+    A letter that is not listed is bounded by the smallest listed log-prob, which understates the confidence. Where
+    both letters together have less than `min_mass` of the first token's probability the model meant to say something
+    else, and their ratio is noise. Returns `NO_LOGPROBS` or another reason when there is no such number.
     """
     choice = _choice(reply)
     if isinstance(choice, str):
         return choice
-    steps = (choice.logprobs.content if choice.logprobs else None) or []
-    top = (steps[0].top_logprobs if steps else None) or []
+    top = _first_token(choice)
     if not top:
         return NO_LOGPROBS
     found: dict[str, list[float]] = {"A": [], "B": []}
@@ -87,11 +92,20 @@ def letter_probability(reply: Reply) -> float | str:
     if not finite:
         return _NOT_LOGPROBS
     first, second = (_logsumexp(found[letter]) if found[letter] else min(finite) for letter in "AB")
-    return _NOT_LOGPROBS if first == second == -math.inf else sigmoid(first - second)
+    if first == second == -math.inf:
+        return _NOT_LOGPROBS
+    mass = math.exp(_logsumexp(found["A"] + found["B"]))
+    if mass < min_mass:
+        return f"A and B have {mass:.1g} of the first token's probability, less than judge.min_letter_mass {min_mass:g}"
+    return sigmoid(first - second)
 
 
 def winners(reply: Reply, names: Sequence[str]) -> list[float] | str:
-    """p(first) of each name from a JSON object `{name: "A" | "B" | "tie"}`: 1, 0 or 0.5; or why it cannot be read."""
+    """p(first) of each name from a JSON object `{name: "A" | "B" | "tie"}`: 1, 0 or 0.5; or why it cannot be read.
+
+    A winner in one order and a tie in the other do not contradict each other (only two different winners do): their
+    average of 0.75 or 0.25 is a verdict, half as sure as one in which both orders agree.
+    """
     choice = _choice(reply)
     if isinstance(choice, str):
         return choice
@@ -138,6 +152,11 @@ def _choice(reply: Reply) -> _Choice | str:
     if choice.message.refusal:
         return f"the model refused: {quote(choice.message.refusal)}"
     return choice
+
+
+def _first_token(choice: _Choice) -> list[_Token]:
+    steps = (choice.logprobs.content if choice.logprobs else None) or []
+    return (steps[0].top_logprobs if steps else None) or []
 
 
 def _logsumexp(values: Sequence[float]) -> float:

@@ -29,7 +29,7 @@ BACKOFF_S = 0.5
 MAX_BACKOFF_S = 20.0
 MAX_RETRY_AFTER_S = 60.0
 MAX_UNANSWERED = 20
-"""Tries in a row without any HTTP answer after which the rest of a batch is given up."""
+"""Tries in a row without any HTTP answer after which the rest of a batch may be given up."""
 
 _RETRIED = {408, 409, 425, 429}
 _FATAL = {301, 302, 303, 307, 308, 401, 402, 403, 404}
@@ -45,7 +45,7 @@ _TOO_LONG = re.compile(
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Why there is no answer. `status` is None when there was no HTTP answer; `said` is the server's message in lower
-    case. `fatal`: every later request would fail alike."""
+    case. `fatal`: every later request would fail alike, and no request has ever been answered here."""
 
     reason: str
     status: int | None = None
@@ -68,18 +68,27 @@ class Failure:
 class Batch:
     """What the requests of one `compare` call share: it is given up when nothing answers at all, or all are refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float) -> None:
+        """`patience_s`: silence of a shorter time is left to the requests' own tries, however many they are."""
         self.down = asyncio.Event()
         self.fatal: Failure | None = None
+        self._patience_s = patience_s
         self._unanswered = 0
+        self._silent_since = 0.0
 
     def note(self, outcome: Reply | Failure) -> None:
         """Count tries in a row without an HTTP answer; one that is fatal ends the batch."""
-        answered = isinstance(outcome, Reply) or outcome.status is not None
-        self._unanswered = 0 if answered else self._unanswered + 1
+        now = asyncio.get_running_loop().time()
+        if isinstance(outcome, Reply) or outcome.status is not None:
+            self._unanswered = 0
+        else:
+            self._unanswered += 1
+            if self._unanswered == 1:
+                self._silent_since = now
         if isinstance(outcome, Failure) and outcome.fatal:
             self.fatal = outcome
-        if self.fatal or self._unanswered >= MAX_UNANSWERED:
+        silent = self._unanswered >= MAX_UNANSWERED and now - self._silent_since >= self._patience_s
+        if self.fatal or silent:
             self.down.set()
 
     async def sleep(self, seconds: float) -> None:
@@ -115,7 +124,8 @@ class Endpoint:
         self._model = config.model
         self._url = config.base_url
         self._timeout_s = config.timeout_s
-        self._tries = config.retries + 1
+        self._retries = config.retries
+        self._answered = False
         self._slots = asyncio.Semaphore(config.concurrency)
         self._resume_at = 0.0
         self._key = _read_key(config.api_key_env)
@@ -132,6 +142,11 @@ class Endpoint:
             http_client=DefaultAsyncHttpxClient(trust_env=not local, follow_redirects=False),
         )
 
+    def batch(self) -> Batch:
+        """A batch that is as patient as one request that backs off through all its tries."""
+        waits = (BACKOFF_S * 2.0 ** min(n, 30) + BACKOFF_S for n in range(self._retries))
+        return Batch(sum(min(wait, MAX_BACKOFF_S) for wait in waits))
+
     async def ask(self, messages: list[dict[str, str]], fields: dict[str, Any], batch: Batch) -> Reply | Failure:
         """The reply to one chat request, or why there is none after all tries."""
         backoff = wait_exponential_jitter(BACKOFF_S, MAX_BACKOFF_S, jitter=BACKOFF_S)
@@ -142,7 +157,7 @@ class Endpoint:
             return backoff(state) if after is None else after
 
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._tries),
+            stop=stop_after_attempt(self._retries + 1),
             wait=wait,
             sleep=batch.sleep,
             retry=retry_if_result(lambda outcome: isinstance(outcome, Failure) and outcome.retry),
@@ -190,6 +205,7 @@ class Endpoint:
         reply = parse_reply(self._without_key(raw.content))
         if isinstance(reply, str):
             return Failure(reply, status=raw.status_code)
+        self._answered = True
         self.budget.tokens += (reply.usage and reply.usage.total_tokens) or 0
         return reply
 
@@ -198,8 +214,10 @@ class Endpoint:
         credit = status == 429 and bool(_OUT_OF_CREDIT.search(said))
         if status in _FATAL or credit:
             # No word of the server's here: it may hold parts of a key. A single text that it will not have, and
-            # log-probs that it will not give, are no reason to stop.
-            fatal = credit or not (status == 403 and (_MODERATED.search(said) or _NO_LOGPROBS.search(said)))
+            # log-probs that it will not give, are no reason to stop. Nor is anything once a request was answered: the
+            # config is right then, what was judged is worth keeping, and judge.health.min_valid says how much is due.
+            one_text = status == 403 and bool(_MODERATED.search(said) or _NO_LOGPROBS.search(said))
+            fatal = not self._answered and not one_text
             reason = f"judge.base_url {self._url}, judge.model {self._model!r}: HTTP {status}, {_meaning(status)}"
             return Failure(reason, status, said, fatal=fatal)
         retry = status in _RETRIED or status >= 500

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.config.judge import LLMJudge as LLMConfig
 from rlhf.errors import RLHFError
-from rlhf.judging.llm.answers import NO_LOGPROBS, Reply, letter_probability, winners
+from rlhf.judging.llm.answers import NO_LOGPROBS, Reply, has_logprobs, letter_probability, winners
 from rlhf.judging.llm.client import Batch, Endpoint, Failure
 from rlhf.judging.llm.prompt import Conversation, JudgePrompt, Question, combine, cut_conversations
 from rlhf.judging.llm.requests import Dialect, letter_fields, structured_fields
@@ -39,14 +39,16 @@ class LLMJudge:
         self._prompt = JudgePrompt(config)
         self._dialect = Dialect()
         self._names = [question.name for question in self._prompt.questions]
-        self._soft = config.answer != "json"
+        self._logprobs_seen = self._logprobs_missed = self._logprobs_refused = False
 
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """One verdict a comparison, in order, within `batch_timeout_s` seconds.
 
-        Raises `RLHFError` where every further comparison would fail alike: a bad key, an unknown model, no credit.
+        Raises `RLHFError` where every comparison fails alike: a bad key, an unknown model, no credit, before this
+        judge had any answer from its endpoint. After that such a refusal is an INVALID verdict as any other failure,
+        so that what a batch paid for is kept; `health.min_valid` says when the run stops.
         """
-        batch = Batch()
+        batch = self._endpoint.batch()
         tasks = [asyncio.create_task(self._judge(comparison, batch)) for comparison in comparisons]
         if not tasks:
             return []
@@ -112,11 +114,22 @@ class LLMJudge:
             outcome = await self._ask_letters(conversation, first, second, batch)
             if isinstance(outcome, list) or self._config.answer == "logprobs" or not _lacks_logprobs(outcome):
                 return outcome
-            self._soft = False
+            if outcome.no_logprobs:
+                self._logprobs_refused = True
+            elif self._logprobs_seen:
+                return outcome  # the server gives log-probs, this one reply has none
+            self._logprobs_missed = True
         fields = structured_fields(self._config, self._names)
         reply = await self._send(self._prompt.structured(conversation, first, second), fields, batch)
         read = reply if isinstance(reply, Failure) else winners(reply, self._names)
         return Failure(read) if isinstance(read, str) else read
+
+    @property
+    def _soft(self) -> bool:
+        """Are log-probs asked for? A refusal ends that; a reply without any does not once another has brought some."""
+        if self._config.answer != "auto":
+            return self._config.answer == "logprobs"
+        return not self._logprobs_refused and (self._logprobs_seen or not self._logprobs_missed)
 
     async def _ask_letters(
         self, conversation: Conversation, first: str, second: str, batch: Batch
@@ -124,7 +137,10 @@ class LLMJudge:
         async def ask(question: Question) -> float | Failure:
             messages = self._prompt.letter(conversation, first, second, question)
             reply = await self._send(messages, letter_fields(self._config), batch)
-            read = reply if isinstance(reply, Failure) else letter_probability(reply)
+            if isinstance(reply, Failure):
+                return reply
+            read = letter_probability(reply, self._config.min_letter_mass)
+            self._logprobs_seen = self._logprobs_seen or has_logprobs(reply)
             return Failure(read) if isinstance(read, str) else read
 
         outcomes = await asyncio.gather(*(ask(question) for question in self._prompt.questions))

@@ -9,6 +9,8 @@ from rlhf.judging.llm.answers import answer_schema
 from rlhf.judging.llm.client import Failure
 
 TOP_LOGPROBS = 20
+FEW_LOGPROBS = 5
+"""Asked for where the server finds `TOP_LOGPROBS` too many: a bound of several servers, enough for two letters."""
 Fields = dict[str, Any]
 Messages = list[dict[str, str]]
 
@@ -44,6 +46,7 @@ _FIELD_FIXES: dict[str, tuple[re.Pattern[str], Callable[[Fields], None]]] = {
     "seed": (re.compile(r"\bseed\b"), _drop("seed")),
     "response_format": (re.compile("response_format|json_schema|structured|grammar"), _drop("response_format")),
 }
+_TOO_MANY = re.compile(r"top_?logprobs|logprobs.*\d", re.DOTALL)
 _SYSTEM = re.compile(r"system (role|message|prompt|instruction)|roles? must alternate|conversation roles")
 
 
@@ -59,6 +62,8 @@ class Dialect:
         for name, (_, fix) in _FIELD_FIXES.items():
             if name in self._refused and name in fields:
                 fix(fields)
+        if "top_logprobs" in self._refused and "top_logprobs" in fields:
+            fields["top_logprobs"] = FEW_LOGPROBS
         if "system" in self._refused and messages[0]["role"] == "system":
             system, user, *rest = messages
             messages = [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
@@ -67,6 +72,9 @@ class Dialect:
     def learn(self, messages: Messages, fields: Fields, failure: Failure) -> bool:
         """Did the server refuse something of this request that it can do without? Then the request is worth another
         try; each try does without one thing more, so there is an end to it."""
+        if failure.no_logprobs and fields.get("top_logprobs") == TOP_LOGPROBS and _TOO_MANY.search(failure.said):
+            self._refused.add("top_logprobs")
+            return True
         if failure.status not in (400, 422) or failure.too_long or failure.no_logprobs:
             return False
         found = {name for name, (said, _) in _FIELD_FIXES.items() if name in fields and said.search(failure.said)}
