@@ -5,6 +5,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.base import Reserved, Section
+from rlhf.config.lora import Lora
+from rlhf.config.loss import Loss as Loss
 
 ZERO_0_BF16 = (
     "learner.zero_stage 0 with policy.dtype bfloat16 is refused: DeepSpeed's wrapper takes a wrong first Adam step "
@@ -26,21 +28,38 @@ class Optimizer(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm.")
 
 
-class Loss(Section):
-    """The preference loss."""
-
-    type: Literal["sigmoid"] = Field("sigmoid", description="Sigmoid DPO (Rafailov et al. 2023).")
-    beta: float = Field(0.1, gt=0, description="Inverse temperature of the implicit reward.")
-
-    def averages(self, fraction: float) -> bool:
-        """Does the loss take the mean log-probs of a group when `fraction` of the training is done?"""
-        return False
-
-
 class Reference(Section):
     """The policy that the implicit reward is measured against."""
 
-    policy: Literal["initial"] = Field("initial", description="initial: the policy the run started from, frozen.")
+    policy: Literal["initial", "round_start", "ema", "none"] = Field(
+        "initial",
+        description="initial: the policy the run started from, frozen (with LoRA the base with the adapters off, no "
+        "second model); round_start: the policy before the round's first update, no second model; ema: a moving "
+        "average of the policy, as it stands when the round starts; none: for losses without a reference, which load "
+        "none in any case.",
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="ema: what the average keeps of itself at each optimizer step; null is 0.99.",
+    )
+    offload: bool = Field(
+        False, description="initial, ema: keep what is held for the reference in CPU memory between rounds (GPUs only)."
+    )
+
+    @model_validator(mode="after")
+    def _means_something(self) -> "Reference":
+        if self.ema_decay is not None and self.policy != "ema":
+            raise ValueError(
+                f"learner.reference.ema_decay = {self.ema_decay:g} with policy {self.policy}: it belongs to policy "
+                "ema; remove it"
+            )
+        if self.offload and self.policy not in ("initial", "ema"):
+            raise ValueError(
+                f"learner.reference.offload = true with policy {self.policy}: no second copy is held; remove it"
+            )
+        return self
 
 
 class Learner(Section):
@@ -57,7 +76,7 @@ class Learner(Section):
     optimizer: Optimizer = Field(default_factory=lambda: Optimizer(), description="Optimizer and schedule.")
     loss: Loss = Field(default_factory=lambda: Loss(), description="Preference loss.")
     reference: Reference = Field(default_factory=lambda: Reference(), description="Reference policy.")
-    lora: Reserved = Field(None, description="Reserved: LoRA adapters.")
+    lora: Lora | None = Field(None, description="LoRA adapters; null trains all weights.")
     trainable: Reserved = Field(None, description="Reserved: a named subset of parameters.")
     warp: Reserved = Field(None, description="Reserved: rotated parametrisation.")
     prefix_sharing: bool = Field(
@@ -79,4 +98,22 @@ class Learner(Section):
             raise ValueError(
                 f"learner.batch_size {self.batch_size} must be a multiple of learner.world_size {self.world_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _reference_fits(self) -> "Learner":
+        policy, needed = self.reference.policy, self.loss.needs_reference
+        if policy == "none" and needed:
+            raise ValueError(
+                f"learner.reference.policy = none with learner.loss.type {self.loss.type}, which measures against a "
+                "reference: use initial, round_start or ema, or a loss without one (simpo, cpo, orpo)"
+            )
+        if policy in ("round_start", "ema") and not needed:
+            raise ValueError(
+                f"learner.reference.policy = {policy} with learner.loss.type {self.loss.type}, which has no reference: "
+                "use none"
+            )
+        if self.reference.offload and (not needed or (policy == "initial" and self.lora)):
+            reason = "the adapters are turned off instead" if needed else f"loss type {self.loss.type} has no reference"
+            raise ValueError(f"learner.reference.offload = true: no second copy is held, {reason}; remove it")
         return self

@@ -45,8 +45,20 @@ class Batch:
         # Every place is written once, so this is deterministic on a GPU too, which index_add is not.
         return values.new_zeros(self.sequences, self.longest).index_put((self.sequence, self.offset), values)
 
-    def sums(self, logprobs: torch.Tensor) -> torch.Tensor:
-        """Sum of each response's log-probs: float [sequences / 2, 2], chosen then rejected."""
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of each sequence, int64 [sequences]."""
+        return self.per_sequence(torch.ones_like(self.targets)).sum(1)
+
+    def sums(self, logprobs: torch.Tensor, tail: float | None = None) -> torch.Tensor:
+        """Sum of each response's log-probs: float [sequences / 2, 2], chosen then rejected.
+
+        `tail` weighs the tokens past the length of the pair's shorter response (length desensitising: Liu et al.
+        2024, "Length Desensitization in Direct Preference Optimization", equation 9); None and 1 are the plain sum.
+        """
+        if tail is not None:
+            shared = self.lengths.view(-1, 2).min(1).values.repeat_interleave(2)
+            logprobs = torch.where(self.offset < shared[self.sequence], logprobs, tail * logprobs)
         return self.per_sequence(logprobs).sum(1).view(-1, 2)
 
 

@@ -22,7 +22,22 @@ def token_logprobs(
     The product is taken in the model's dtype, the softmax in fp32. A chunk's logits are computed again in the
     backward pass, so memory grows with chunk x V and not with T x V.
     """
-    result: torch.Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, chunk)
+    result: torch.Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, chunk, False)[0]
+    return result
+
+
+def token_logprobs_and_squares(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`token_logprobs`, and log sum_v p_v^2 at each position, float32 [T] without gradient.
+
+    The second is the log of the probability that two tokens drawn there are the same.
+    """
+    result: tuple[torch.Tensor, torch.Tensor] = _TokenLogprobs.apply(hidden, weight, bias, targets, chunk, True)
     return result
 
 
@@ -42,19 +57,26 @@ class _TokenLogprobs(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         chunk: int,
-    ) -> torch.Tensor:
-        values, normalisers = [], []
+        with_squares: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        values, normalisers, squares = [], [], []
         for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = F.linear(part, weight, bias).float()
             normalisers.append(logits.logsumexp(1))
             values.append(logits.gather(1, target.unsqueeze(1)).squeeze(1) - normalisers[-1])
+            if with_squares:
+                squares.append(logits.mul_(2).logsumexp(1) - 2 * normalisers[-1])
         ctx.chunk = chunk
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(normalisers))
-        return torch.cat(values)
+        if not with_squares:
+            return torch.cat(values), None
+        result = torch.cat(squares)
+        ctx.mark_non_differentiable(result)
+        return torch.cat(values), result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, bias, targets, normaliser = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -76,6 +98,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
             None,
             None,
         )

@@ -11,7 +11,7 @@ from torch import nn
 from rlhf.config.data import Policy
 from rlhf.errors import InputError
 from rlhf.learning.batch import Batch
-from rlhf.learning.logprobs import CHUNK, token_logprobs
+from rlhf.learning.logprobs import CHUNK, token_logprobs, token_logprobs_and_squares
 
 
 class ResponseHead(nn.Module):
@@ -26,10 +26,16 @@ class ResponseHead(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
         self.chunk = chunk
+        self.keeps_squares = False
+        """Keep log sum_v p_v^2 of each position in `log_sum_squares`: WPO's weights need it, nothing else does."""
+        self.log_sum_squares: torch.Tensor | None = None
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """float32 [T] from hidden [T, D] and targets int64 [T]."""
-        return token_logprobs(hidden, self.weight, self.bias, targets, self.chunk)
+        if not self.keeps_squares:
+            return token_logprobs(hidden, self.weight, self.bias, targets, self.chunk)
+        logprobs, self.log_sum_squares = token_logprobs_and_squares(hidden, self.weight, self.bias, targets, self.chunk)
+        return logprobs
 
 
 class PolicyModule(nn.Module):
@@ -47,6 +53,12 @@ class PolicyModule(nn.Module):
         model.set_output_embeddings(ResponseHead(head, chunk))
 
     @property
+    def head(self) -> ResponseHead:
+        """The model's head; a property, so that its parameters have one name only."""
+        head: ResponseHead = self.model.get_output_embeddings()
+        return head
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the parameters."""
         return next(self.model.parameters()).dtype
@@ -60,7 +72,7 @@ class PolicyModule(nn.Module):
             use_cache=False,
         ).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, batch.predict)
-        return self.model.get_output_embeddings()(chosen, batch.targets)
+        return self.head(chosen, batch.targets)
 
 
 def load_model(policy: Policy) -> Any:

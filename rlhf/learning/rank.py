@@ -16,7 +16,6 @@ from rlhf.learning.beta import build_beta
 from rlhf.learning.engine import TrainEngine, join
 from rlhf.learning.flops import FlopCount, peak_flops
 from rlhf.learning.job import LearnerJob
-from rlhf.learning.losses import REFERENCE_FREE
 from rlhf.learning.mask_probe import TOLERANCE, prefix_sharing_error
 from rlhf.learning.parametrisation import Full
 from rlhf.learning.plan import drop_long, step_batches
@@ -71,12 +70,13 @@ class RankLearner:
             module.to(self._device)
         dtype = module.dtype
         self.setup = Setup(learner, self._rank, self._world_size, self._device, dtype, self._prefix_sharing(module))
-        free = learner.loss.type in REFERENCE_FREE
+        free = not learner.loss.needs_reference
         self.reference = NoReference(self._device) if free else InitialReference(module, self.setup)
         trainable = list(self._parametrisation.trainable(module))
         self._engine = TrainEngine(module, trainable, learner, dtype, self._device)
         self._beta = build_beta(learner.loss)
-        self._steps = StepRunner(self._engine, self.setup, self._beta)
+        module.head.keeps_squares = learner.loss.use_weighting
+        self._steps = StepRunner(self._engine, self.setup, self._beta, module.head)
 
     def train(self, sealed: SealedRound) -> list[StepReport]:
         """Take all of the round's steps; see `steps`."""
@@ -152,6 +152,7 @@ class RankLearner:
             "step": self._step,
             "skipped": self._steps.skipped,
             "beta": self._beta.state_dict(),
+            "reward_shift": self._steps.shift.state_dict(),
             "rng": rng_state(),
             "world_size": self._world_size,
         }
@@ -173,6 +174,7 @@ class RankLearner:
         self._step = state["step"]
         self._steps.skipped = state["skipped"]
         self._beta.load_state_dict(state["beta"])
+        self._steps.shift.load_state_dict(state["reward_shift"])
         restore_rng(state["rng"])
 
     def _prefix_sharing(self, module: PolicyModule) -> bool:
@@ -230,7 +232,7 @@ class RankLearner:
                 dist.all_reduce(peak)
                 self._peak = peak.item()
             epochs, seconds = self.setup.learner.epochs, reference_s + learn_s
-            free = self.setup.learner.loss.type in REFERENCE_FREE
+            free = not self.setup.learner.loss.needs_reference
             passes = (0 if free else 1) + 3 * epochs  # the reference's forward; forward and backward of each epoch
             tokens = sum(self.setup.cost(pair) for pair in pairs) * epochs
             result["perf/learner_tokens_per_s"] = tokens / seconds

@@ -33,7 +33,7 @@ class InitialReference:
 
     def score(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """Summed log-probs, float32 [n, 2]; every rank calls with the same pairs."""
-        return score_pairs(self._forward, pairs, self._setup)
+        return score_pairs(self._forward, pairs, self._setup, self._setup.learner.loss.ld_alpha)
 
 
 class NoReference:
@@ -48,15 +48,20 @@ class NoReference:
 
 
 @torch.no_grad()
-def score_pairs(forward: Callable[[Batch], torch.Tensor], pairs: Sequence[Pair], setup: Setup) -> torch.Tensor:
-    """Summed log-probs of `pairs` under `forward`, float32 [n, 2]: each rank scores its share, then they are joined."""
+def score_pairs(
+    forward: Callable[[Batch], torch.Tensor], pairs: Sequence[Pair], setup: Setup, tail: float | None = None
+) -> torch.Tensor:
+    """Summed log-probs of `pairs` under `forward`, float32 [n, 2]: each rank scores its share, then they are joined.
+
+    `tail` is the weight of tokens past the pair's shorter response, see `Batch.sums`.
+    """
     scores = torch.zeros(len(pairs), 2, device=setup.device)
     for micro in plan_micro_batches(
         [setup.cost(pair) for pair in pairs], setup.world_size, setup.rank, setup.learner.micro_batch_size
     ):
         chosen = [pairs[index] for index in micro] or [setup.filler(pairs)]
         batch = build_batch(chosen, prefix_sharing=setup.prefix_sharing, dtype=setup.dtype).to(setup.device)
-        sums = batch.sums(forward(batch))
+        sums = batch.sums(forward(batch), tail)
         if micro:
             scores[micro] = sums
     dist.all_reduce(scores)

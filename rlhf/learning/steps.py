@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from rlhf.learning.batch import build_batch
+from rlhf.learning.batch import Batch, build_batch
 from rlhf.learning.engine import TrainEngine
-from rlhf.learning.losses import REFERENCE_FREE, preference_loss
+from rlhf.learning.losses import PreferenceLoss, RewardShift, StepLoss
+from rlhf.learning.losses.weighting import wpo_weights
 from rlhf.learning.plan import plan_micro_batches
+from rlhf.learning.policy import ResponseHead
+from rlhf.learning.reference import score_pairs
 from rlhf.learning.setup import Setup
 from rlhf.ports import BetaController
 from rlhf.records import Pair
@@ -84,12 +87,14 @@ class Grouping:
 
 @dataclass(slots=True)
 class StepRunner:
-    """Takes optimizer steps with an engine."""
+    """Takes optimizer steps with an engine, whose module has the LM head `head`."""
 
     engine: TrainEngine
     setup: Setup
     beta: BetaController
+    head: ResponseHead
     skipped: int = field(default=0)
+    shift: RewardShift = field(default_factory=RewardShift)
 
     def step(
         self,
@@ -106,6 +111,7 @@ class StepRunner:
         """
         setup, beta = self.setup, self.beta.beta()
         micros = grouping.plan([setup.cost(pair) for pair in pairs], setup)
+        whole = self._step_loss(pairs, reference, len(micros))
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=setup.device)
         for number, micro in enumerate(micros):
             chosen = [pairs[index] for index in micro] or [setup.filler(pairs)]
@@ -113,9 +119,11 @@ class StepRunner:
             self.engine.boundary(number == len(micros) - 1)
             logprobs = self.engine(batch)
             if micro:
-                scale = setup.world_size / len(pairs)
-                loss, partial = self._loss(batch.sums(logprobs), reference[micro], beta, scale, grouping)
-                sums += partial
+                policy = batch.sums(logprobs, setup.learner.loss.ld_alpha)
+                weights = self._weights(batch, logprobs)
+                values = whole(grouping.reduce(policy), grouping.reduce(reference[micro]), micro, beta, weights)
+                sums += self._sums(values, policy, reference[micro])
+                loss = values.losses.sum() * (setup.world_size / len(pairs))
                 if mismatch is not None:
                     mismatch.observe(chosen, batch.per_sequence(logprobs))
             else:
@@ -125,18 +133,30 @@ class StepRunner:
         dist.all_reduce(sums)
         return self._metrics(dict(zip(SUMS, sums.tolist(), strict=True)), len(pairs), beta, lr, norm, stepped)
 
-    def _loss(
-        self, policy: torch.Tensor, reference: torch.Tensor, beta: float, scale: float, grouping: Grouping
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The micro-batch's part of the loss, and its sums in the order of `SUMS`."""
-        losses, chosen, rejected = preference_loss(
-            self.setup.learner.loss.type,
-            *grouping.reduce(policy).unbind(1),
-            *grouping.reduce(reference).unbind(1),
-            beta=beta,
-        )
+    def _step_loss(self, pairs: Sequence[Pair], reference: torch.Tensor, micros: int) -> StepLoss:
+        """The loss over the whole step. One that sorts the step's pairs gets them scored first, unless this rank sees
+        them all at once."""
+        setup = self.setup
+        loss = StepLoss.of(setup.learner.loss, pairs, setup.device, self.shift.value)
+        if loss.matches and (micros > 1 or setup.world_size > 1):
+            with self.engine.evaluating():
+                loss.match(score_pairs(self.engine, pairs, setup, setup.learner.loss.ld_alpha), reference)
+        return loss
+
+    def _weights(self, batch: Batch, logprobs: torch.Tensor) -> torch.Tensor | None:
+        """WPO's weights of the micro-batch's pairs, if the loss takes them."""
+        if not self.setup.learner.loss.use_weighting:
+            return None
+        squares = self.head.log_sum_squares
+        assert squares is not None, "the head keeps them where the loss uses weights"
+        # A token's probability against that of a token drawn at the same place, summed over each response.
+        return wpo_weights(batch.sums(logprobs.detach() - squares), batch.lengths.view(-1, 2))
+
+    def _sums(self, values: PreferenceLoss, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """The micro-batch's sums in the order of `SUMS`."""
         logratios = (policy - reference).detach().double()
-        values = (
+        losses, chosen, rejected = values
+        columns = (
             losses.detach(),
             chosen,
             rejected,
@@ -146,17 +166,18 @@ class StepRunner:
             logratios.abs().mean(1),
             logratios.mean(1),
         )
-        return losses.sum() * scale, torch.stack([value.double().sum() for value in values])
+        return torch.stack([column.double().sum() for column in columns])
 
     def _metrics(
         self, sums: dict[str, float], count: int, beta: float, lr: float, norm: float, stepped: bool
     ) -> dict[str, float]:
+        mean = {name: value / count for name, value in sums.items()}
         if stepped:
+            self.shift.observe(mean["rewards/chosen"], mean["rewards/rejected"])
             observed = {"h_sum": sums["h_sum"], "abs_logratio_sum": sums["abs_logratio_sum"], "count": float(count)}
             self.beta.observe(observed)
         else:
             self.skipped += 1
-        mean = {name: value / count for name, value in sums.items()}
         metrics = {
             "train/loss": mean["loss"],
             "train/grad_norm": norm,
@@ -172,6 +193,6 @@ class StepRunner:
             "kl/mean": mean["kl"],
             "loss/beta": beta,
         }
-        if self.setup.learner.loss.type in REFERENCE_FREE:
+        if not self.setup.learner.loss.needs_reference:
             del metrics["kl/mean"]  # there is nothing that the policy could have moved away from
         return {name: value for name, value in metrics.items() if math.isfinite(value)}

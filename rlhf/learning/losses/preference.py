@@ -1,0 +1,107 @@
+"""The public loss function: checks, options that all losses share, weighted sums."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlhf.config.loss import LOSS_FACTS
+from rlhf.errors import InputError
+from rlhf.learning.losses.base import LossFunction, PairInputs, PreferenceLoss
+from rlhf.learning.losses.divergence import score_function
+from rlhf.learning.losses.registry import LOSSES
+
+Term = tuple[str, float, dict[str, Any]]
+"""Name, weight and own options of one loss in a sum."""
+
+
+def preference_loss(
+    name: str,
+    policy_chosen_logps: torch.Tensor,
+    policy_rejected_logps: torch.Tensor,
+    reference_chosen_logps: torch.Tensor,
+    reference_rejected_logps: torch.Tensor,
+    *,
+    beta: float | torch.Tensor,
+    terms: Sequence[Term] = (),
+    f_divergence: str = "reverse_kl",
+    f_alpha: float = 0.5,
+    weights: torch.Tensor | None = None,
+    chosen_lengths: torch.Tensor | None = None,
+    rejected_lengths: torch.Tensor | None = None,
+    mean_chosen_length: float | torch.Tensor | None = None,
+    **options: Any,
+) -> PreferenceLoss:
+    """Per-pair losses of the registered loss `name`, with the implicit rewards.
+
+    The four log-probs are float [n], each the sum over a response's tokens in nats. `beta` is one positive number
+    or float [n]. Losses without a reference do not read the reference's. Lengths are tokens, [n]; losses per token
+    need them. `mean_chosen_length` is taken over the optimizer step, so that likelihood terms are a mean over all of
+    its tokens; None is the mean of these pairs. `weights` float [n] multiply the losses (WPO). `name` "mix" adds up
+    `terms`. `options` are the loss's own, and `rpo_alpha`, the weight of an NLL term.
+
+    Returns `(losses, chosen_rewards, rejected_rewards)`, float [n] each; rewards carry beta and no gradient: beta
+    times the log-ratio, without a reference beta times the log-prob, of SimPO and ORPO the log-prob per token.
+    Raises `InputError` for an unknown name or option, a missing length, or shapes that differ.
+    """
+    tensors = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    _check(name, tensors, beta)
+    if name == "mix" and (options or not terms):
+        raise InputError(f"preference_loss mix: expected terms and no option of a single loss, got {sorted(options)}")
+    inputs = PairInputs(
+        *tensors, beta, score_function(f_divergence, f_alpha), chosen_lengths, rejected_lengths, mean_chosen_length
+    )
+    parts = terms if name == "mix" else [(name, 1.0, options)]
+    losses = torch.stack([weight * _single(part, inputs, f_divergence, own) for part, weight, own in parts]).sum(0)
+    return PreferenceLoss(losses if weights is None else losses * weights, *_rewards([p[0] for p in parts], inputs))
+
+
+def _single(name: str, inputs: PairInputs, f_divergence: str, options: dict[str, Any]) -> torch.Tensor:
+    function, facts = _lookup(name), LOSS_FACTS[name]
+    if f_divergence != "reverse_kl" and not (facts.divergence or name == "sft"):
+        raise InputError(f"preference_loss {name}: f_divergence = {f_divergence!r} does not apply; use reverse_kl")
+    own = dict(options)
+    nll = own.pop("rpo_alpha", facts.nll)
+    known = [key for key in inspect.signature(function).parameters if key != "inputs"]
+    unknown = set(own) - set(known) or ({"rpo_alpha"} if nll is not None and facts.nll is None else set())
+    if unknown:
+        names = known + ([] if facts.nll is None else ["rpo_alpha"])
+        raise InputError(
+            f"preference_loss {name}: unknown option {min(unknown)!r}; it takes {', '.join(names) or 'none'}"
+        )
+    losses = function(inputs, **own)
+    return losses + nll * inputs.nll() if nll else losses
+
+
+def _lookup(name: str) -> LossFunction:
+    if name not in LOSSES:
+        raise InputError(f"learner.loss.type = {name!r}: no such loss; choose one of {', '.join(sorted(LOSSES))}, mix")
+    return LOSSES[name]
+
+
+def _rewards(names: Sequence[str], inputs: PairInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mix has the rewards of its losses with a reference, if there are any."""
+    if any(LOSS_FACTS[name].reference for name in names):
+        chosen, rejected = inputs.chosen_ratio, inputs.rejected_ratio
+    elif {"simpo", "orpo"} & set(names):
+        chosen, rejected = inputs.averages()
+    else:
+        chosen, rejected = inputs.policy_chosen, inputs.policy_rejected
+    return (inputs.beta * chosen).detach(), (inputs.beta * rejected).detach()
+
+
+def _check(name: str, tensors: Sequence[torch.Tensor], beta: float | torch.Tensor) -> None:
+    if name != "mix":
+        _lookup(name)
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) != 1 or tensors[0].dim() != 1:
+        raise InputError(
+            f"preference_loss {name}: expected four 1-D tensors of one length, got shapes {sorted(shapes)}"
+        )
+    if isinstance(beta, torch.Tensor):
+        if beta.shape not in (torch.Size([]), tensors[0].shape):
+            raise InputError(f"preference_loss {name}: beta has shape {tuple(beta.shape)}, expected one value a pair")
+    elif not (math.isfinite(beta) and beta > 0):
+        raise InputError(f"preference_loss {name}: beta = {beta}: expected a positive number")
