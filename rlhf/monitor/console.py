@@ -20,6 +20,7 @@ from rlhf.monitor.sink import Cell, Event, Number, clean_text
 MAX_ROWS = 20
 MAX_CHARS = 700
 _LONG = 24  # a column with a longer text shares the free width
+_NARROW = 78  # unless the table fits a terminal as it is
 _QUIET_S = 5.0
 
 
@@ -183,7 +184,9 @@ class _Bars:
 def build_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], encoding: str = "utf-8") -> Table:
     """A rich table: numbers to the right, long texts folded and cut, the first `MAX_ROWS` rows."""
     texts = [[_encodable(_cell(cell), encoding) for cell in row] for row in rows[:MAX_ROWS]]
-    wide = [any(len(row[i]) > _LONG or "\n" in row[i] for row in texts) for i in range(len(columns))]
+    widths = [max((len(row[i]) for row in texts), default=0) for i in range(len(columns))]
+    folded = any("\n" in cell for row in texts for cell in row) or sum(widths) + 3 * len(widths) > _NARROW
+    wide = [folded and any(len(row[i]) > _LONG or "\n" in row[i] for row in texts) for i in range(len(columns))]
     table = Table(
         box=box.ROUNDED if any(wide) else box.SIMPLE_HEAD,
         show_lines=any(wide),
