@@ -38,6 +38,9 @@ class Sync(Section):
         "there and object_store elsewhere.",
     )
     sparse: Literal[False] = Field(False, description="Reserved: send changed elements only.")
+    lora: Literal["merged"] = Field(
+        "merged", description="With learner.lora, what is sent: the weights with the adapters merged in fp32."
+    )
     verify: bool = Field(
         True, description="Checksum the payload and probe the engine's log-probs before a version serves."
     )
