@@ -12,6 +12,8 @@ ROWS = (
     ("  95 % interval, high", "eval/win_rate_high", "{:.3f}"),
     ("win rate by the training judge", "eval/judge_win_rate", "{:.3f}"),
     ("  gap to the evaluation's judge", "eval/win_rate_gap", "{:+.3f}"),
+    ("comparisons without a verdict", "eval/invalid_rate", "{:.0%}"),
+    ("verdicts that flip with the order", "eval/flip_rate", "{:.0%}"),
     ("response length, tokens", "eval/length_mean", "{:.1f}"),
     ("distinct bigrams", "eval/distinct_2", "{:.3f}"),
 )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,35 @@ async def test_both_judges_see_the_same_comparisons() -> None:
 async def test_no_gap_without_both_win_rates(judge: Longer, training: Longer) -> None:
     metrics, _ = await evaluate(POLICY, BASELINE, PROMPTS, judge, training_judge=training)
     assert not {"eval/judge_win_rate", "eval/win_rate_gap"} & set(metrics)
+
+
+class Texts(Longer):
+    """Wins (w), ties (t) or fails (x) by the first letter of A."""
+
+    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        self.calls.append(list(comparisons))
+        p = {"w": 0.9, "t": 0.5, "l": 0.1}
+        return [
+            invalid_verdict(c, "down") if c.a[0] == "x" else make_verdict(c, p[c.a[0]], p[c.a[0]]) for c in comparisons
+        ]
+
+
+class Second(Texts):
+    """The same by the second letter."""
+
+    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        turned = await super().compare([replace(c, a=c.a[1:]) for c in comparisons])
+        return [replace(v, comparison=c) for v, c in zip(turned, comparisons, strict=True)]
+
+
+async def test_the_gap_is_over_what_both_could_judge() -> None:
+    """A judge that fails on what the other finds lost would otherwise look fooled."""
+    metrics, _ = await evaluate(rollouts("wl", "lx", "wt", "xl"), BASELINE, PROMPTS, Texts(), training_judge=Second())
+    assert metrics["eval/win_rate"] == pytest.approx(2 / 3)
+    assert metrics["eval/judge_win_rate"] == pytest.approx(0.25)  # l and t, against w and w
+    assert metrics["eval/win_rate_gap"] == pytest.approx(0.25 - 1.0)
+    nothing, _ = await evaluate(rollouts("wx", "xl", "wx", "xl"), BASELINE, PROMPTS, Texts(), training_judge=Second())
+    assert not {"eval/judge_win_rate", "eval/win_rate_gap"} & set(nothing)
 
 
 class Ports:

@@ -158,7 +158,8 @@ async def test_evaluate_matches_sample_k_with_sample_k() -> None:
     assert metrics["eval/score"] == pytest.approx(sum(v.score_a for v in found[:3]) / 3)  # type: ignore[misc]
     assert metrics["eval/length_mean"] == pytest.approx(7 / 4)
     assert metrics["eval/distinct_2"] == pytest.approx(1.0)
-    assert len(metrics) == 6
+    assert (metrics["eval/invalid_rate"], metrics["eval/flip_rate"]) == (0.25, 0.0)
+    assert len(metrics) == 8
 
 
 async def test_samples_without_a_counterpart_are_left_out() -> None:
@@ -178,4 +179,5 @@ async def test_judge_without_scores_gives_no_score_and_no_valid_verdict_no_win_r
             return [invalid_verdict(comparison, "silent") for comparison in comparisons]
 
     metrics, _ = await evaluate(POLICY, BASELINE, PROMPTS, Silent())  # type: ignore[arg-type]
-    assert set(metrics) == {"eval/length_mean", "eval/distinct_2"}
+    assert set(metrics) == {"eval/length_mean", "eval/distinct_2", "eval/invalid_rate", "eval/flip_rate"}
+    assert metrics["eval/invalid_rate"] == 1.0
