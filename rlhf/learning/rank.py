@@ -17,6 +17,7 @@ from rlhf.learning.engine import TrainEngine, join
 from rlhf.learning.flops import FlopCount, peak_flops
 from rlhf.learning.job import LearnerJob
 from rlhf.learning.mask_probe import TOLERANCE, prefix_sharing_error
+from rlhf.learning.measure import measure
 from rlhf.learning.parametrisation import Full
 from rlhf.learning.plan import drop_long, step_batches
 from rlhf.learning.policy import PolicyModule, load_model
@@ -112,6 +113,10 @@ class RankLearner:
             return torch.zeros(0, 2)
         with self._engine.evaluating():
             return score_pairs(self._engine, pairs, self.setup).cpu()
+
+    def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """Loss, rewards and log-probs of `pairs` without a step, equal on every rank; see `measure`."""
+        return measure(self._steps, pairs, self.reference.score(pairs)) if pairs else {}
 
     def probe(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
         """Log-prob of each token after the first, by an ordinary causal forward pass."""
