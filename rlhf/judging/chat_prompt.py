@@ -1,6 +1,8 @@
 """A response in its conversation as a judge model's token ids; what is too long loses the start of its context."""
 
+import asyncio
 import re
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +11,7 @@ import numpy as np
 
 from rlhf.data.rows import one_line
 from rlhf.errors import RLHFError
+from rlhf.judging.cutting import CHARS_PER_TOKEN, longest_end, max_chars
 from rlhf.judging.pointwise import Answer, Score
 from rlhf.records import Message
 
@@ -36,76 +39,113 @@ class ChatPrompt:
         """`special_tokens` lets the tokenizer add its own: only for text that no chat template has written."""
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._max_chars = max_chars(tokenizer, max_length)
+        self._encoding = threading.Lock()
         self._render = render
         self._special_tokens = special_tokens
         control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
 
-    def encode(self, answer: Answer) -> Encoded | str:
-        """At most `max_length` token ids, or why there are none, as `Score.reason` has it.
+    def encode(self, answers: Sequence[Answer]) -> list[Encoded | str]:
+        """At most `max_length` token ids of each, or why there are none, as `Score.reason` has it.
 
         The oldest turns are left out first, so that the rest starts with a user's turn; then that turn is cut from
-        the left. The response is never cut.
-        """
-        from jinja2 import TemplateError
+        the left. The response is never cut. All that fit are tokenised in one call.
 
-        # Control tokens spelled out in a text could forge a turn.
-        texts = (answer.response, *(message["content"] for message in answer.messages))
-        if found := next((match.group() for text in texts if (match := self._control.search(text))), None):
-            return f"or its conversation spells out the judge's control token {found!r}"
-        try:
-            return self._fit(answer) or f"alone is longer than judge.max_length={self._max_length} tokens"
-        except (TemplateError, ValueError) as error:
-            return f"or its conversation is refused by the judge's chat template: {one_line(error)}"
+        One thread at a time: a tokenizer holds settings of the call that it is in.
+        """
+        with self._encoding:
+            texts = [self._whole(answer) for answer in answers]
+            short = [item.text for item in texts if isinstance(item, _Text) and len(item.text) <= self._max_chars]
+            ids = iter(self._tokenizer(short, add_special_tokens=self._special_tokens)["input_ids"] if short else ())
+            encoded: list[Encoded | str] = []
+            for answer, item in zip(answers, texts, strict=True):
+                if isinstance(item, str):
+                    encoded.append(item)
+                    continue
+                whole = list(next(ids)) if len(item.text) <= self._max_chars else None
+                fits = whole is not None and len(whole) <= self._max_length
+                encoded.append(Encoded(whole, False) if whole is not None and fits else self._cut(answer))
+            return encoded
 
     def token_ids(self, text: str) -> list[int]:
         """Token ids of a rendered prompt."""
         return list(self._tokenizer(text, add_special_tokens=self._special_tokens)["input_ids"])
 
-    def _fit(self, answer: Answer) -> Encoded | None:
-        messages = answer.messages
-        if ids := self._within(messages, answer.response):
-            return Encoded(ids, False)
+    def _whole(self, answer: Answer) -> "_Text | str":
+        """The prompt of an answer as text, or why there is none."""
+        # Control tokens spelled out in a text could forge a turn.
+        texts = (answer.response, *(message["content"] for message in answer.messages))
+        if found := next((match.group() for text in texts if (match := self._control.search(text))), None):
+            return f"or its conversation spells out the judge's control token {found!r}"
+        try:
+            return _Text(self._render(answer.messages, answer.response))
+        except _template_errors() as error:
+            return _refused(error)
+
+    def _cut(self, answer: Answer) -> Encoded | str:
+        """The answer with as much of its conversation as fits."""
+        try:
+            ids = self._without_turns(answer.messages, answer.response)
+        except _template_errors() as error:
+            return _refused(error)
+        return f"alone is longer than judge.max_length={self._max_length} tokens" if ids is None else Encoded(ids, True)
+
+    def _without_turns(self, messages: Sequence[Message], response: str) -> list[int] | None:
+        """The most turns, from a user's on, that fit; where not even the last one does, as much of its end as fits."""
         starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-        for start in starts:
-            if start > 0 and (ids := self._within(messages[start:], answer.response)):
-                return Encoded(ids, True)
-        last = messages[starts[-1] if starts else 0 :]
-        ids = self._cut_first(last, answer.response)
-        return None if ids is None else Encoded(ids, True)
+        later = [start for start in starts if start > 0]
+        low, high, best = 0, len(later), None  # the turns from later[high] on fit, those before later[low] do not
+        while low < high:
+            middle = (low + high) // 2
+            if (ids := self._within(messages[later[middle] :], response)) is None:
+                low = middle + 1
+            else:
+                best, high = ids, middle
+        return best or self._cut_first(messages[starts[-1] if starts else 0 :], response)
 
     def _cut_first(self, messages: Sequence[Message], response: str) -> list[int] | None:
-        """The first message cut to as much of its end as fits; None if nothing of it does.
-
-        Bisects over characters, since tokens of a cut text are not the tail of the whole text's tokens.
-        """
+        """The first message cut to as much of its end as fits; None if nothing of it does."""
         if not messages:
             return None
         first, rest = messages[0], messages[1:]
+        content = first["content"]
 
-        def without(cut: int) -> list[int] | None:
-            message = Message(role=first["role"], content=first["content"][cut:])
+        def attempt(keep: int) -> list[int] | None:
+            message = Message(role=first["role"], content=content[len(content) - keep :])
             return self._within([message, *rest], response)
 
-        low, high = 0, len(first["content"])  # leaving out `high` characters fits, leaving out `low` does not
-        best = without(high)
-        while best is not None and high - low > 1:
-            middle = (low + high) // 2
-            ids = without(middle)
-            if ids is None:
-                low = middle
-            else:
-                best, high = ids, middle
-        return best
+        return longest_end(len(content), CHARS_PER_TOKEN * self._max_length, attempt)
 
     def _within(self, messages: Sequence[Message], response: str) -> list[int] | None:
-        ids = self.token_ids(self._render(messages, response))
+        text = self._render(messages, response)
+        if len(text) > self._max_chars:
+            return None
+        ids = self.token_ids(text)
         return ids if len(ids) <= self._max_length else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """A rendered prompt, as opposed to a reason."""
+
+    text: str
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    from jinja2 import TemplateError
+
+    return TemplateError, ValueError
+
+
+def _refused(error: Exception) -> str:
+    return f"or its conversation is refused by the judge's chat template: {one_line(error)}"
 
 
 async def score_prompts(answers: Sequence[Answer], prompt: ChatPrompt, measure: Measure) -> list[Score]:
     """Encode each answer and score those that could be encoded by one call of `measure`: float64 [prompts]."""
-    encoded = [prompt.encode(answer) for answer in answers]
+    # In a thread: the loop has the other batch of this judge, and its engine, to look after.
+    encoded = await asyncio.to_thread(prompt.encode, answers)
     prompts = [item.token_ids for item in encoded if not isinstance(item, str)]
     values = np.asarray(await measure(prompts), dtype=np.float64) if prompts else np.zeros(0)
     if values.shape != (len(prompts),):

@@ -1,6 +1,8 @@
 """A causal LM that answers `A` or `B` (METHODS §1), over any `Scorer`."""
 
+import asyncio
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -37,10 +39,12 @@ class PairModelJudge:
         self.prompt = PairPrompt(tokenizer, config.max_length)
         self._scorer = scorer
         self._max_length = config.max_length
+        self._encoding = threading.Lock()
 
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """One verdict a comparison, in order; all prompts (two a comparison) reach the scorer in one call."""
-        encoded = [self._encode(comparison) for comparison in comparisons]
+        # In a thread: the loop has the other batch of this judge, and its engine, to look after.
+        encoded = await asyncio.to_thread(self._encode, comparisons)
         prompts = [ids for orders in encoded if not isinstance(orders, str) for ids in orders.ids]
         first_wins = iter(await self._first_wins(prompts))
         verdicts = []
@@ -53,13 +57,31 @@ class PairModelJudge:
                 verdicts.append(replace(verdict, truncated=orders.truncated))
         return verdicts
 
-    def _encode(self, comparison: Comparison) -> "_Orders | str":
-        """Token ids of both orders, or why the comparison cannot be judged."""
-        if token := self.prompt.control_token(comparison):
-            return f"a text spells out the judge's control token {token!r}"
-        orders = self.prompt.encode_orders(comparison, format_context(comparison.messages))
-        if self.prompt.fits(orders):
-            return _Orders(orders, truncated=False)
+    def _encode(self, comparisons: Sequence[Comparison]) -> "list[_Orders | str]":
+        """Token ids of both orders of each, or why it cannot be judged; one call of the tokenizer for all that fit.
+
+        One thread at a time: a tokenizer holds settings of the call that it is in.
+        """
+        with self._encoding:
+            objections = [self.prompt.control_token(comparison) for comparison in comparisons]
+            texts: list[str] = []
+            rendered = []
+            for comparison, objection in zip(comparisons, objections, strict=True):
+                context = format_context(comparison.messages)
+                rendered.append(not objection and self.prompt.may_fit(comparison, context))
+                if rendered[-1]:
+                    texts += self.prompt.render_orders(comparison, context)
+            ids = iter(self.prompt.encode(texts) if texts else ())
+            whole = [[next(ids), next(ids)] if there else None for there in rendered]
+            return [
+                f"a text spells out the judge's control token {objection!r}" if objection else self._fit(each, orders)
+                for each, objection, orders in zip(comparisons, objections, whole, strict=True)
+            ]
+
+    def _fit(self, comparison: Comparison, whole: list[list[int]] | None) -> "_Orders | str":
+        """`whole` if it fits, else the comparison with as much of its context as does."""
+        if whole is not None and self.prompt.fits(whole):
+            return _Orders(whole, truncated=False)
         cut = self.prompt.truncate(comparison)
         if cut is None:
             return f"the responses alone are longer than judge.max_length={self._max_length} tokens"

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlhf.errors import InputError, RLHFError
+from rlhf.judging.cutting import CHARS_PER_TOKEN, longest_end, max_chars
 from rlhf.records import Comparison, Message
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class PairPrompt:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length
+        self._max_chars = max_chars(tokenizer, max_length)
         self._name = f"judge.path={tokenizer.name_or_path!r}"
         if not tokenizer.chat_template:
             raise InputError(f"{self._name}: the tokenizer has no chat template; use a judge that has one")
@@ -61,33 +63,34 @@ class PairPrompt:
         """Token ids of rendered prompts, no special tokens added."""
         return [list(ids) for ids in self._tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
 
+    def render_orders(self, comparison: Comparison, context: str) -> list[str]:
+        """The prompts with A first, then with B first."""
+        orders = ((comparison.a, comparison.b), (comparison.b, comparison.a))
+        return [self.render(context, first, second) for first, second in orders]
+
     def encode_orders(self, comparison: Comparison, context: str) -> list[list[int]]:
         """Token ids with A first, then with B first."""
-        orders = ((comparison.a, comparison.b), (comparison.b, comparison.a))
-        return self.encode([self.render(context, first, second) for first, second in orders])
+        return self.encode(self.render_orders(comparison, context))
+
+    def may_fit(self, comparison: Comparison, context: str) -> bool:
+        """False where the texts have more characters than `max_length` tokens could hold."""
+        return len(context) + len(comparison.a) + len(comparison.b) <= self._max_chars
 
     def fits(self, orders: Sequence[Sequence[int]]) -> bool:
         """Both orders are within `max_length` tokens."""
         return all(len(ids) <= self._max_length for ids in orders)
 
     def truncate(self, comparison: Comparison) -> list[list[int]] | None:
-        """Both orders with as much of the context's end as fits, the same in both; None if the responses alone do not.
-
-        Bisects over characters, since tokens of a cut text are not the tail of the whole text's tokens.
-        """
-        context = format_context(comparison.messages)
-        best = self.encode_orders(comparison, "")
-        if not self.fits(best):
+        """Both orders with as much of the context's end as fits, the same in both; None if the responses do not."""
+        if not self.may_fit(comparison, ""):
             return None
-        low, high = 0, len(context)  # cutting `high` characters fits, cutting `low` does not
-        while high - low > 1:
-            middle = (low + high) // 2
-            orders = self.encode_orders(comparison, context[middle:])
-            if self.fits(orders):
-                best, high = orders, middle
-            else:
-                low = middle
-        return best
+        context = format_context(comparison.messages)
+
+        def attempt(keep: int) -> list[list[int]] | None:
+            orders = self.encode_orders(comparison, context[len(context) - keep :])
+            return orders if self.fits(orders) else None
+
+        return longest_end(len(context), CHARS_PER_TOKEN * self._max_length, attempt)
 
     def _apply(self, messages: list[dict[str, str]], generation: bool = True) -> str:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
