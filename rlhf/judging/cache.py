@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,6 +28,20 @@ _IRRELEVANT = _POOL | _ENDPOINT | {"max_total_tokens"}
 _SMALL = 32 << 20
 """Model files up to this many bytes (config, tokenizer, chat template) are fingerprinted by content."""
 
+PAUSE_S = 30.0
+"""How long a file that cannot be used (a full disk, another process's lock) is left alone."""
+
+_LOCK_S = 0.2
+"""How long SQLite waits for another process's lock: the event loop waits with it."""
+
+_UNUSABLE = (
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+)
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_SHORT_READ)
 
 _MIRROR = {VerdictState.WIN: VerdictState.LOSE, VerdictState.LOSE: VerdictState.WIN}
@@ -51,13 +66,15 @@ class CachedJudge:
 
     Verdicts are kept in an SQLite file under SHA-256 keys of identity, conversation, reference and both texts; a
     verdict on (a, b) answers (b, a) mirrored. INVALID is never kept: what failed is tried again. Comparisons that are
-    asked twice at the same time are judged once. `hits` counts the comparisons that did not reach the judge.
+    asked twice at the same time are judged once. While the file cannot be used, verdicts go uncached. `hits` counts
+    the comparisons that did not reach the judge.
     """
 
     def __init__(self, judge: Judge, path: Path, identity: str, alert: Callable[[str], None] | None = None) -> None:
-        """`identity` is `judge_identity` of the judge's config; `alert` hears of a damaged file (default: a warning).
+        """`identity` is `judge_identity` of the judge's config.
 
-        The file is created where it is missing. Several processes may share it; a damaged one is put aside.
+        The file is created where it is missing. Several processes may share it; a damaged one is put aside. `alert`
+        (default: a warning) hears of a damaged file, and once of one that cannot be used.
         """
         self.hits = 0
         self._judge = judge
@@ -167,22 +184,25 @@ def _answer(verdict: Verdict, comparison: Comparison) -> Verdict:
     return mirror(verdict, comparison)
 
 
+_Action = Callable[[sqlite3.Connection], Any]
+
+
 class _Store:
     """Verdicts by key in one SQLite file; calls take microseconds, so they run on the event loop."""
 
     def __init__(self, path: Path, alert: Callable[[str], None]) -> None:
         self._path = path
         self._alert = alert
+        self._connection: sqlite3.Connection | None = None
+        self._resume_at = 0.0
+        self._told = False
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._connect()
-        except sqlite3.DatabaseError as error:
-            self._put_aside(error)
-            self._connect()
+        self._guarded(lambda _: None)
 
     def get(self, key: bytes, comparison: Comparison) -> Verdict | None:
         """The verdict kept under `key`, in the order it was judged in."""
-        return self._repaired(lambda: self._get(key, comparison))
+        found: Verdict | None = self._guarded(lambda connection: _get(connection, key, comparison))
+        return found
 
     def put(self, verdicts: dict[bytes, Verdict]) -> None:
         """Keep all that is valid, in one transaction."""
@@ -192,52 +212,48 @@ class _Store:
                 value = _encode(verdict)
                 rows.append((key, value, _checksum(key, value)))
         if rows:
-            self._repaired(lambda: self._put(rows))
+            self._guarded(lambda connection: _put(connection, rows))
 
     def close(self) -> None:
         """Close the file."""
-        self._connection.close()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
-    def _connect(self) -> None:
-        # Other threads never touch it: the check is off because a judge may be built off the loop's thread.
-        self._connection = sqlite3.connect(self._path, timeout=30.0, check_same_thread=False, isolation_level=None)
-        # A rollback journal, because a write-ahead log needs memory that network file systems do not share; no
-        # flushes, because a killed process loses nothing without them, and a power cut can at worst cost the cache.
-        self._connection.execute("PRAGMA journal_mode = TRUNCATE")
-        self._connection.execute("PRAGMA synchronous = OFF")
-        self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS verdicts (key BLOB PRIMARY KEY, value TEXT NOT NULL, checksum BLOB NOT NULL)"
-            " WITHOUT ROWID"
-        )
-
-    def _get(self, key: bytes, comparison: Comparison) -> Verdict | None:
-        row = self._connection.execute("SELECT value, checksum FROM verdicts WHERE key = ?", (key,)).fetchone()
-        if row is None:
+    def _guarded(self, action: _Action) -> Any:
+        """Do `action`; None while the file cannot be used: a cache must cost neither the run nor its time."""
+        if time.monotonic() < self._resume_at:
             return None
-        value, checksum = row
-        if checksum != _checksum(key, value):
-            raise _DamagedRow
-        return _decode(value, comparison)
+        try:
+            return self._repaired(action)
+        except sqlite3.OperationalError as error:
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the kind, without its details
+            if code not in _UNUSABLE or (code == sqlite3.SQLITE_CANTOPEN and self._connection is None):
+                raise
+            self._resume_at = time.monotonic() + PAUSE_S
+            if not self._told:
+                self._told = True
+                self._alert(f"{self._path}: the verdict cache cannot be used ({error}); verdicts go uncached meanwhile")
+        return None
 
-    def _put(self, rows: list[tuple[bytes, str, bytes]]) -> None:
-        with self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", rows)
-
-    def _repaired(self, action: Callable[[], Any]) -> Any:
+    def _repaired(self, action: _Action) -> Any:
         """Do `action`; where the file turns out to be damaged, put it aside and do it on an empty one."""
         try:
-            return action()
+            return action(self._opened())
         except (sqlite3.DatabaseError, _DamagedRow) as error:
             self._put_aside(error)
-            self._connect()
-        return action()
+        return action(self._opened())
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = _connect(self._path)
+        return self._connection
 
     def _put_aside(self, error: Exception) -> None:
         """Rename the file if `error` means that it is damaged; raise `error` if not (a full disk, say)."""
         if isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorcode", None) not in _DAMAGED:
             raise error
-        self._connection.close()
+        self.close()
         aside = self._path.with_name(self._path.name + ".damaged")
         # The journal first: it would be played back into the new file.
         Path(f"{self._path}-journal").unlink(missing_ok=True)
@@ -252,6 +268,40 @@ class _DamagedRow(Exception):
 
     def __str__(self) -> str:
         return "a verdict fails its checksum"
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Other threads never touch it: the check is off because a judge may be built off the loop's thread.
+    connection = sqlite3.connect(path, timeout=_LOCK_S, check_same_thread=False, isolation_level=None)
+    try:
+        # A rollback journal, because a write-ahead log needs memory that network file systems do not share; no
+        # flushes, because a killed process loses nothing without them, and a power cut can at worst cost the cache.
+        connection.execute("PRAGMA journal_mode = TRUNCATE")
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS verdicts (key BLOB PRIMARY KEY, value TEXT NOT NULL, checksum BLOB NOT NULL)"
+            " WITHOUT ROWID"
+        )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _get(connection: sqlite3.Connection, key: bytes, comparison: Comparison) -> Verdict | None:
+    row = connection.execute("SELECT value, checksum FROM verdicts WHERE key = ?", (key,)).fetchone()
+    if row is None:
+        return None
+    value, checksum = row
+    if checksum != _checksum(key, value):
+        raise _DamagedRow
+    return _decode(value, comparison)
+
+
+def _put(connection: sqlite3.Connection, rows: list[tuple[bytes, str, bytes]]) -> None:
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.executemany("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", rows)
 
 
 def _checksum(key: bytes, value: Any) -> bytes:

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -252,6 +253,55 @@ async def test_a_verdict_that_rotted_is_not_believed(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the verdict cache is damaged .a verdict fails its checksum"):
         assert await judge.compare(asked) == [verdict_of(asked[0])]
     assert len(inner.asked) == 1
+
+
+async def test_a_full_disk_costs_the_cache_only(tmp_path: Path) -> None:
+    path = tmp_path / "v.sqlite"
+    kept = await filled(path, 3)
+    inner, alerts = Counting(), list[str]()
+    judge = CachedJudge(inner, path, "j", alerts.append)
+    connection = judge._store._connection
+    assert connection is not None
+    connection.execute("PRAGMA max_page_count = 3")
+    more = [comparison(f"m{n}", "b") for n in range(400)]
+    for _ in range(2):
+        assert await judge.compare(more) == [verdict_of(item) for item in more]
+    assert len(inner.asked) == 800
+    [alert] = alerts
+    assert all(word in alert for word in (str(path), "full", "uncached")), alert
+    assert "\n" not in alert
+    # Space again: what was kept is there, and new verdicts are kept.
+    connection.execute("PRAGMA max_page_count = 100000")
+    judge._store._resume_at = 0.0
+    for _ in range(2):
+        assert await judge.compare([*kept, *more]) == [verdict_of(item) for item in [*kept, *more]]
+    assert len(inner.asked) == 1200
+    assert len(alerts) == 1
+    judge.close()
+
+
+@pytest.mark.parametrize("when", ["at the start", "later"])
+async def test_a_locked_file_neither_stops_nor_blocks(when: str, tmp_path: Path) -> None:
+    path = tmp_path / "v.sqlite"
+    asked = await filled(path, 10)
+    inner, alerts = Counting(), list[str]()
+    with sqlite3.connect(path, isolation_level=None) as other:
+        judge = CachedJudge(inner, path, "j", alerts.append) if when == "later" else None
+        other.execute("BEGIN EXCLUSIVE")
+        started = time.monotonic()
+        judge = judge or CachedJudge(inner, path, "j", alerts.append)
+        for _ in range(3):
+            assert await judge.compare(asked) == [verdict_of(item) for item in asked]
+        assert time.monotonic() - started < 5.0
+        other.execute("ROLLBACK")
+    other.close()
+    assert len(inner.asked) == 30
+    [alert] = alerts
+    assert "locked" in alert
+    judge._store._resume_at = 0.0
+    assert await judge.compare(asked) == [verdict_of(item) for item in asked]
+    assert len(inner.asked) == 30, "the file is used again once it is free"
+    judge.close()
 
 
 async def test_a_file_that_cannot_be_used_is_no_damage(tmp_path: Path) -> None:
