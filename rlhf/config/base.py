@@ -10,7 +10,8 @@ DType = Literal["bfloat16", "float32"]
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, values are frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True,
+                              hide_input_in_errors=True)  # fmt: skip
 
     @model_validator(mode="before")
     @classmethod

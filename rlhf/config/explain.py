@@ -8,7 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from rlhf.monitor.redact import names_secret
+
 _SECRET = re.compile(r"key|token|secret|passw|credential", re.IGNORECASE)
+"""Wider than `names_secret`: of a key that nobody knows, little is lost with its value."""
 _LONGEST_VALUE = 80
 _MAPPING = "expected a mapping of keys"
 _TEXTS = {
@@ -54,7 +57,8 @@ def _describe(problem: ErrorDetails, data: Any, model: type[BaseModel]) -> tuple
         return keys, _shown(problem["input"]), "this feature is reserved and has no implementation yet; leave it out"
     message = _TEXTS.get(kind) or problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     message = message.replace("Tuple should have", "expected")
-    return keys, "" if kind == "missing" else _shown(problem["input"]), message
+    hidden = kind == "missing" or names_secret(keys[-1].removesuffix("_env") if keys else "", problem["input"])
+    return keys, "" if hidden else _shown(problem["input"]), message
 
 
 def _shown(value: Any) -> str:

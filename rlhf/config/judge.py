@@ -1,13 +1,37 @@
 """Judges, a discriminated union by `type`."""
 
 import ipaddress
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from rlhf.config.base import DType, Section
+from rlhf.monitor.redact import find_secret
+
+_RUNNING = {"replicas", "batch_size", "cpus", "cache", "health", "api_key_env", "concurrency", "timeout_s", "retries",
+            "batch_timeout_s", "max_requests", "max_total_tokens"}  # fmt: skip
+"""Fields of judges that change how a verdict is reached, not what it is."""
+
+
+def _refuse_secrets(value: dict[str, Any]) -> dict[str, Any]:
+    check_secrets(value)
+    return value
+
+
+def check_secrets(value: dict[str, Any], key: str = "") -> None:
+    """Raise `ValueError`, without the value, if the mapping at `key` has a secret at any depth."""
+    if (where := find_secret(value)) is not None:
+        raise ValueError(
+            f"{key}{where} names a secret or holds a login, and the config is written to files; put it into an "
+            "environment variable, or rename the key if it is none"
+        )
+
+
+OpenMapping = Annotated[dict[str, Any], AfterValidator(_refuse_secrets)]
+"""Keys that something else gives a meaning to; no secrets among them."""
 
 
 class JudgeHealth(Section):
@@ -62,7 +86,7 @@ class EngineJudge(PooledJudge):
     )
     tensor_parallel: int = Field(1, ge=1, description="GPUs (or CPU workers) of one judge engine.")
     backend: Literal["vllm", "transformers"] = Field("vllm", description="Engine that serves the judge.")
-    engine: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM's engine arguments as they are.")
+    engine: OpenMapping = Field(default_factory=dict, description="Passed to vLLM's engine arguments as they are.")
     trust_remote_code: bool = Field(False, description="Allow model code from the checkpoint's folder to run.")
 
 
@@ -117,9 +141,9 @@ class LLMJudge(PooledJudge):
 
     type: Literal["llm"]
     base_url: str = Field(
-        description="Endpoint, such as https://host/v1; plain http only to this machine. A refused key, model or address "
-        "(HTTP 3xx, 401 to 404, no credit) stops the run before the first answer; later it makes verdicts invalid, and "
-        "`health.min_valid` decides."
+        description="Endpoint, such as https://host/v1; plain http only to this machine. A refused key, model or "
+        "address (HTTP 3xx, 401 to 404, no credit) stops the run before the first answer; later it makes verdicts "
+        "invalid, and `health.min_valid` decides."
     )
     model: str = Field(description="Model name at the endpoint.")
     api_key_env: str | None = Field(
@@ -170,17 +194,27 @@ class LLMJudge(PooledJudge):
     )
     max_completion_tokens: int = Field(256, ge=1, description="Longest structured answer, in tokens.")
     seed: int | None = Field(0, description="Seed sent with each request; null sends none.")
-    extra_body: dict[str, Any] = Field(
+    extra_body: OpenMapping = Field(
         default_factory=dict, description="Further fields of each request, as they are; never a key."
     )
+
+    @field_validator("api_key_env", mode="before")
+    @classmethod
+    def _variable(cls, value: Any) -> Any:
+        if value is not None and not (isinstance(value, str) and re.fullmatch(r"[A-Za-z_]\w*", value)):
+            raise ValueError(
+                "expected the name of an environment variable (letters, digits, _); the key itself belongs into that "
+                "variable, never into the config"
+            )
+        return value
 
     @model_validator(mode="after")
     def _endpoint(self) -> "LLMJudge":
         url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise ValueError(f"judge.base_url {self.base_url!r}: expected https://host[:port]/path")
-        if url.username or url.password:
+        if "@" in self.base_url:  # a login; with a mistyped scheme it is not parsed as one
             raise ValueError("judge.base_url holds a password; put the key into the variable that api_key_env names")
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"judge.base_url {self.base_url.split('?')[0]!r}: expected https://host[:port]/path")
         if url.query or url.fragment:
             raise ValueError("judge.base_url holds a query; end it at the path, such as https://host/v1")
         if url.scheme == "http" and not _is_this_machine(url.hostname):
@@ -234,7 +268,9 @@ class PythonJudge(PooledJudge):
         "reference, **options) -> p(A wins).",
     )
     scale: float = Field(1.0, gt=0, description="score only: p(A wins) = sigmoid(scale * (f(A) - f(B))).")
-    options: dict[str, Any] = Field(default_factory=dict, description="Keyword arguments of the function.")
+    options: OpenMapping = Field(
+        default_factory=dict, description="Keyword arguments of the function; a key it reads from the environment."
+    )
 
 
 SingleJudge = Annotated[
@@ -295,6 +331,21 @@ def single_judges(judge: "Judge", key: str = "judge") -> Iterator[tuple[str, Poo
         yield key, judge
 
 
+def same_verdicts(one: "Judge", other: "Judge") -> bool:
+    """Do two configs describe one judge? What only says how it runs (replicas, retries, cache, ...) does not count."""
+    return _answering(one) == _answering(other)
+
+
+def check_deadline(judge: "Judge", key: str, deadline: float) -> None:
+    """Raise `ValueError` if a judge at `key` may take longer for a batch than `deadline`, which waits for it."""
+    for name, single in single_judges(judge, key):
+        if isinstance(single, LLMJudge) and single.batch_timeout_s >= deadline:
+            raise ValueError(
+                f"{name}.batch_timeout_s {single.batch_timeout_s:g} must be less than cluster.deadlines.judge "
+                f"{deadline:g}: what is late would fail the run, where it should be invalid"
+            )
+
+
 def with_path(judge: "Judge", path: str) -> "Judge":
     """The judge with `path` wherever an engine judge names none."""
     if isinstance(judge, EnsembleJudge):
@@ -303,6 +354,13 @@ def with_path(judge: "Judge", path: str) -> "Judge":
     if isinstance(judge, EngineJudge) and judge.path is None:
         return judge.model_copy(update={"path": path})
     return judge
+
+
+def _answering(judge: "Judge") -> dict[str, Any]:
+    if not isinstance(judge, EnsembleJudge):
+        return judge.model_dump(exclude=_RUNNING)
+    members = [{"weight": member.weight, "judge": _answering(member.judge)} for member in judge.members]
+    return judge.model_dump(exclude={"health", "members"}) | {"members": members}
 
 
 def _is_this_machine(host: str) -> bool:

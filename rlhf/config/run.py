@@ -5,7 +5,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf.config.base import Reserved, Section
 from rlhf.config.data import Policy, Prompts
 from rlhf.config.generator import Generator
-from rlhf.config.judge import Judge, SentimentJudge
+from rlhf.config.judge import Judge, SentimentJudge, check_deadline, check_secrets, same_verdicts, with_path
 from rlhf.config.learner import ZERO_0_BF16, Learner
 from rlhf.config.names import folder_name
 from rlhf.config.pairing import Pairing
@@ -33,7 +33,9 @@ class RunConfig(Section):
     evaluation: Evaluation = Field(default_factory=lambda: Evaluation(), description="Evaluation.")
     monitor: Monitor = Field(default_factory=lambda: Monitor(), description="Monitoring.")
     cluster: Cluster = Field(default_factory=lambda: Cluster(), description="The cluster.")
-    preferences: Reserved = Field(None, description="Only null here: a file with `preferences` in place of `prompts` is an offline training.")
+    preferences: Reserved = Field(
+        None, description="Only null here: a file with `preferences` in place of `prompts` is an offline training."
+    )
     buffer: Reserved = Field(None, description="Reserved: replay buffer.")
 
     @field_validator("name")
@@ -51,6 +53,20 @@ class RunConfig(Section):
                 f"prompts.max_tokens + generator.sampling.max_tokens = {longest} exceeds learner.max_length "
                 f"{self.learner.max_length}: such pairs could never be trained; raise it or lower one of the two"
             )
+        check_secrets(self.generator.engine, "generator.engine.")
+        check_secrets(self.learner.deepspeed, "learner.deepspeed.")
+        self._judges()
         if self.sync.transport == "nccl" and self.cluster.device == "cpu":
             raise ValueError("sync.transport nccl needs GPUs; use object_store or auto with cluster.device cpu")
         return self
+
+    def _judges(self) -> None:
+        check_deadline(self.judge, "judge", self.cluster.deadlines.judge)
+        if self.eval_judge is None:
+            return
+        check_deadline(self.eval_judge, "eval_judge", self.cluster.deadlines.judge)
+        if same_verdicts(with_path(self.eval_judge, self.policy.path), with_path(self.judge, self.policy.path)):
+            raise ValueError(
+                "eval_judge is the same as judge: the gap between their win rates, which shows over-optimisation, "
+                "would always be 0; choose another judge, or leave eval_judge out"
+            )

@@ -84,8 +84,8 @@ def test_quickstart_is_what_the_design_says() -> None:
         ),
         ({"name": True}, "c.yaml: name = True: expected text; put it in quotes"),
         (
-            {"learner": {"lora": {"r": 8}}},
-            "c.yaml: learner.lora: this key is reserved and has no implementation yet; leave it out",
+            {"learner": {"warp": {"keep": 0.1}}},
+            "c.yaml: learner.warp: this key is reserved and has no implementation yet; leave it out",
         ),
         (
             {"sync": {"sparse": True}},
@@ -138,6 +138,106 @@ def test_an_unknown_key_that_sounds_secret_keeps_its_value_to_itself() -> None:
     assert "hush" not in message
 
 
+LLM = {"type": "llm", "base_url": "https://h/v1", "model": "m"}
+PYTHON = {"type": "python", "function": "m:f"}
+ENSEMBLE = {"type": "ensemble", "members": [{"judge": LLM | {"extra_body": {"token": "hush"}}}, {"judge": PYTHON}]}
+
+
+@pytest.mark.parametrize(
+    ("extra", "where"),
+    [
+        ({"judge": LLM | {"extra_body": {"api_key": "hush"}}}, "judge.extra_body: api_key names a secret"),
+        ({"eval_judge": LLM | {"extra_body": {"a": [{"X-Api-Key": "hush"}]}}}, "eval_judge.extra_body: a.0.X-Api-Key "),
+        ({"judge": LLM | {"extra_body": {"proxy": "http://u:hush@h/"}}}, "judge.extra_body: proxy "),
+        ({"judge": PYTHON | {"options": {"db": {"password": 42}}}}, "judge.options: db.password names a secret"),
+        ({"judge": {"type": "pair_model", "engine": {"hf_token": "hush"}}}, "judge.engine: hf_token names a secret"),
+        ({"judge": ENSEMBLE}, "judge.members.0.judge.extra_body: token names a secret"),
+        ({"generator": {"engine": {"hf_token": "hush"}}}, "generator.engine.hf_token names a secret"),
+        ({"learner": {"deepspeed": {"comet": {"api_key": "hush"}}}}, "learner.deepspeed.comet.api_key names a secret"),
+    ],
+)
+def test_secrets_are_refused_where_any_key_is_taken(extra: dict[str, Any], where: str) -> None:
+    message = refusal(extra)
+    assert message.startswith(f"c.yaml: {where}")
+    assert "environment variable" in message
+    assert "hush" not in message
+    assert "42" not in message
+
+
+def test_what_only_sounds_secret_is_taken() -> None:
+    engine = {"hf_token": True, "hf_overrides": {"classifier_from_token": ["no", "yes"]}, "max_num_batched_tokens": 9}
+    judge = {"type": "reward_model", "path": "p", "engine": engine}
+    other = PYTHON | {"options": {"token_env": "MY_TOKEN", "keywords": ["x"], "eos_token": "</s>", "api_key": None}}
+    config: RunConfig = validate(BASE | {"judge": judge, "eval_judge": other}, "c.yaml")
+    assert config.judge.model_dump()["engine"] == engine
+
+
+@pytest.mark.parametrize("value", ["sk-hush-hush", "hush hush", "9hush", "hush\n", ["sk-hush"], {"hush": 1}, 5])
+def test_a_key_in_place_of_its_variable_is_refused_and_not_shown(value: Any) -> None:
+    data = BASE | {"judge": LLM | {"api_key_env": value}}
+    with pytest.raises(InputError) as caught:
+        validate(data, "c.yaml")
+    assert str(caught.value).startswith("c.yaml: judge.api_key_env: expected the name of an environment variable")
+    assert "hush" not in f"{caught.value}{caught.value.__cause__}"
+
+
+@pytest.mark.parametrize("url", ["https://u:hush@h/v1", "htps://u:hush@h/v1", "u:hush@h/v1", "h/v1?key=hush"])
+def test_a_login_in_an_url_is_refused_and_not_shown(url: str) -> None:
+    message = refusal({"judge": LLM | {"base_url": url}})
+    assert "judge.base_url" in message
+    assert "hush" not in message
+
+
+@pytest.mark.parametrize(
+    ("extra", "key"),
+    [
+        ({"judge": LLM | {"batch_timeout_s": 1800}}, "judge.batch_timeout_s 1800"),
+        ({"eval_judge": LLM | {"batch_timeout_s": 2000}}, "eval_judge.batch_timeout_s 2000"),
+        ({"judge": LLM, "cluster": {"deadlines": {"judge": 600}}}, "judge.batch_timeout_s 900"),
+        (
+            {"judge": {"type": "ensemble", "members": [{"judge": PYTHON}, {"judge": LLM | {"batch_timeout_s": 1e4}}]}},
+            "judge.members.1.judge.batch_timeout_s 10000",
+        ),
+    ],
+)
+def test_a_batch_must_end_before_the_wait_for_it(extra: dict[str, Any], key: str) -> None:
+    message = refusal(extra)
+    assert message.startswith(f"c.yaml: {key} must be less than cluster.deadlines.judge ")
+
+
+@pytest.mark.parametrize(
+    ("judge", "eval_judge"),
+    [
+        ({"type": "sentiment"}, {"type": "sentiment"}),
+        ({"type": "sentiment"}, {"type": "sentiment", "replicas": 2, "cache": True, "health": {"min_valid": 0.5}}),
+        ({"type": "pair_model"}, {"type": "pair_model", "path": "p"}),
+        (LLM, LLM | {"retries": 9, "api_key_env": "OTHER"}),
+        (
+            {"type": "ensemble", "members": [{"judge": PYTHON}, {"judge": {"type": "pair_model"}}]},
+            {"type": "ensemble", "members": [{"judge": PYTHON}, {"judge": {"type": "pair_model", "replicas": 2}}]},
+        ),
+    ],
+)
+def test_a_judge_that_judges_itself_is_refused(judge: dict[str, Any], eval_judge: dict[str, Any]) -> None:
+    assert refusal({"judge": judge, "eval_judge": eval_judge}).startswith("c.yaml: eval_judge is the same as judge: ")
+
+
+@pytest.mark.parametrize(
+    ("judge", "eval_judge"),
+    [
+        ({"type": "sentiment"}, PYTHON),
+        ({"type": "pair_model"}, {"type": "pair_model", "path": "q"}),
+        (LLM, LLM | {"rubric": "Be brief."}),
+        (
+            {"type": "ensemble", "members": [{"judge": PYTHON}, {"judge": LLM}]},
+            {"type": "ensemble", "members": [{"judge": PYTHON}, {"judge": LLM, "weight": 2}]},
+        ),
+    ],
+)
+def test_another_judge_may_evaluate(judge: dict[str, Any], eval_judge: dict[str, Any]) -> None:
+    assert validate(BASE | {"judge": judge, "eval_judge": eval_judge}, "c.yaml").eval_judge is not None
+
+
 def test_a_long_value_is_cut() -> None:
     assert len(refusal({"name": "a" * 3000})) < 250
 
@@ -186,7 +286,7 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
 
 def test_overrides_reach_deep_and_create_sections() -> None:
     data = apply_overrides(BASE, ["learner.optimizer.lr=1e-6", "rounds.count=2", "name=hh"], "c.yaml")
-    config = validate(data, "c.yaml")
+    config: RunConfig = validate(data, "c.yaml")
     assert (config.learner.optimizer.lr, config.rounds.count, config.name) == (1e-6, 2, "hh")
     assert "learner" not in BASE
 
@@ -223,6 +323,6 @@ def test_bad_overrides(override: str, message: str) -> None:
 )
 def test_the_resolved_config_loads_to_itself(seed: int, lr: float, count: int, judge: str) -> None:
     overrides = [f"seed={seed}", f"learner.optimizer.lr={lr!r}", f"rounds.count={count}", f"judge.type={judge}"]
-    config = validate(apply_overrides(BASE, overrides, "c.yaml"), "c.yaml")
+    config: RunConfig = validate(apply_overrides(BASE, overrides, "c.yaml"), "c.yaml")
     assert (config.seed, config.learner.optimizer.lr, config.rounds.count) == (seed, lr, count)
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config

@@ -342,6 +342,12 @@ async def test_without_a_key_none_is_sent() -> None:
     assert all("Authorization" not in headers for headers in endpoint.headers)
 
 
+def test_name_that_may_be_a_key_itself_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"judge\.api_key_env") as caught:
+        judge_at(1, api_key_env="gsk_a1B2c3D4e5F6")
+    assert "gsk_" not in str(caught.value)
+
+
 @pytest.mark.parametrize("value", [None, "", "  ", "two words", "key\x07", "schlüssel"])
 def test_variable_without_a_usable_key_is_refused(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
     monkeypatch.delenv("TEST_JUDGE_KEY")

@@ -242,12 +242,13 @@ def _read_key(variable: str | None) -> str | None:
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
+    # Keys have small letters and names of variables have none: where it has, it may be the key, and is not repeated.
+    shown = f"the environment variable {variable!r}" if variable == variable.upper() else "the variable that it names"
     if not key:
-        raise InputError(f"judge.api_key_env: the environment variable {variable!r} is not set; put the key into it")
+        raise InputError(f"judge.api_key_env: {shown} is not set; put the key into it")
     if not key.isascii() or not key.isprintable() or " " in key:
         raise InputError(
-            f"judge.api_key_env: the environment variable {variable!r} does not hold a key: it has blanks "
-            "or characters that no HTTP header can carry"
+            f"judge.api_key_env: {shown} does not hold a key: it has blanks or characters that no HTTP header can carry"
         )
     return key
 
