@@ -54,7 +54,7 @@ class Batch:
         """Sum of each response's log-probs: float [sequences / 2, 2], chosen then rejected.
 
         `tail` weighs the tokens past the length of the pair's shorter response (length desensitising: Liu et al.
-        2024, "Length Desensitization in Direct Preference Optimization", equation 9); None and 1 are the plain sum.
+        2024, "Length Desensitization in Direct Preference Optimization"); None and 1 are the plain sum.
         """
         if tail is not None:
             shared = self.lengths.view(-1, 2).min(1).values.repeat_interleave(2)

@@ -1,4 +1,4 @@
-"""f-divergences from the reference: Wang et al. 2023, "Beyond Reverse KL", table 1 and equation 13.
+"""f-divergences from the reference: Wang et al. 2023, "Beyond Reverse KL" (f-DPO).
 
 The score of a response is f'(pi / pi_ref) instead of log (pi / pi_ref).
 """

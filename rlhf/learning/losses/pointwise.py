@@ -7,7 +7,7 @@ from rlhf.learning.losses.base import PairInputs
 
 
 def nca_pair(inputs: PairInputs) -> torch.Tensor:
-    """NCA with two responses (Chen et al. 2024, "Noise Contrastive Alignment", section 4): float [n].
+    """NCA with two responses (Chen et al. 2024, "Noise Contrastive Alignment"): float [n].
 
     -log s(r_w) - 1/2 log s(-r_w) - 1/2 log s(-r_l), s the logistic function.
     """
@@ -16,7 +16,7 @@ def nca_pair(inputs: PairInputs) -> torch.Tensor:
 
 
 def bco_pair(inputs: PairInputs, *, reward_shift: float | torch.Tensor = 0.0) -> torch.Tensor:
-    """BCO (Jung et al. 2024, "Binary Classifier Optimization", equation 10): float [n].
+    """BCO (Jung et al. 2024, "Binary Classifier Optimization"): float [n].
 
     -log s(r_w - d) - log s(d - r_l). `reward_shift` d is the paper's running mean of the rewards; see `RewardShift`.
     """

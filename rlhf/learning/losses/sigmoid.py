@@ -22,7 +22,7 @@ def sigmoid(inputs: PairInputs, *, label_smoothing: float = 0.0, length_normalis
 
 
 def robust(inputs: PairInputs, *, label_smoothing: float = 0.0) -> torch.Tensor:
-    """The unbiased estimate of the sigmoid loss under labels flipped with probability e < 1/2 (equation 12).
+    """The unbiased estimate of the sigmoid loss under labels flipped with probability e < 1/2.
 
     [-(1 - e) log sigmoid(l) + e log sigmoid(-l)] / (1 - 2 e); it falls without bound as l grows.
     """

@@ -1,4 +1,4 @@
-"""WPO: Zhou et al. 2024, "Enhancing RLHF with Weighted Preference Optimization", equation 2 and section 3.2."""
+"""WPO: Zhou et al. 2024, "Enhancing RLHF with Weighted Preference Optimization", equation 2, with its sampled alignment."""
 
 import torch
 

@@ -1,0 +1,154 @@
+"""Losses that look beyond a pair, through the learner's ranks: any layout gives one answer.
+
+The file is also the script of one rank: `python test_learner_losses.py FOLDER RANK WORLD_SIZE PORT`.
+"""
+
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.test_learner_ranks import make_config, make_round, save_tiny_model, token_logprobs
+
+LOSSES = {
+    "sorted": {"type": "mix", "terms": [{"type": "aot"}, {"type": "aot_unpaired", "weight": 0.5}, {"type": "sft"}]},
+    "weighted": {"type": "sigmoid", "use_weighting": True},
+    "shifted": {"type": "bco_pair", "reward_shift": True, "ld_alpha": 0.3},
+    "per_token": {"type": "simpo", "beta": 2.0, "rpo_alpha": 0.5},
+}
+LAYOUTS = {
+    1: {"whole": {}, "accumulated": {"micro_batch_size": 1, "prefix_sharing": False}},
+    2: {"zero2": {"micro_batch_size": 1}, "zero3": {"zero_stage": 3}},
+}
+
+
+def run_case(folder, name, learner, rank, world_size, port):
+    from rlhf.learning.rank import RankLearner
+
+    def build():
+        built = RankLearner(make_config(folder / "model", world_size=world_size, **learner), rank, world_size, "cpu")
+        built.start("127.0.0.1", port, 60)
+        return built
+
+    one = build()
+    steps = [report.metrics for report in one.train(make_round(1, 9))]
+    one.save(folder / f"checkpoint-{name}")
+    steps += [report.metrics for report in one.train(make_round(2, 5))]
+    result = {"steps": steps, "weights": dict(one.export_tensors())}
+    if learner["loss"].get("reward_shift"):
+        again = build()
+        again.load(folder / f"checkpoint-{name}")
+        result["resumed"] = [report.metrics for report in again.train(make_round(2, 5))]
+    torch.save(result, folder / f"result-{name}-{rank}.pt")
+
+
+def main():
+    folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    torch.set_num_threads(1)
+    for layout, settings in LAYOUTS[world_size].items():
+        for name, loss in LOSSES.items():
+            run_case(folder, f"{name}-{layout}", {**settings, "loss": loss}, rank, world_size, port)
+
+
+def run_ranks(folder, world_size):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(folder), str(rank), str(world_size), str(port)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-6000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("losses")
+    save_tiny_model(folder / "model")
+    for world_size in LAYOUTS:
+        run_ranks(folder, world_size)
+    return folder
+
+
+def load(folder, name, layout, rank=0):
+    return torch.load(folder / f"result-{name}-{layout}-{rank}.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_layout_gives_one_answer(folder, name):
+    whole = load(folder, name, "whole")
+    for layout in ("accumulated", "zero2", "zero3"):
+        other = load(folder, name, layout)
+        for one, two in zip(whole["steps"], other["steps"], strict=True):
+            assert one == pytest.approx(two, rel=2e-5, abs=2e-5), layout
+        for key, tensor in whole["weights"].items():
+            torch.testing.assert_close(
+                other["weights"][key], tensor, rtol=0, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
+            )
+    losses = [step["train/loss"] for step in whole["steps"]]
+    assert len(losses) == 5
+    assert len(set(losses)) == len(losses)
+    assert ("kl/mean" in whole["steps"][0]) == (name != "per_token")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ranks_report_alike(folder, name):
+    for layout in LAYOUTS[2]:
+        assert load(folder, name, layout)["steps"] == load(folder, name, layout, rank=1)["steps"]
+
+
+@pytest.mark.parametrize("layout", ["whole", "zero3"])
+def test_a_running_shift_is_resumed_exactly(folder, layout):
+    found = load(folder, "shifted", layout)
+    assert found["resumed"] == found["steps"][-len(found["resumed"]) :]
+
+
+def test_the_first_steps_loss_is_that_of_the_models_full_logits(folder):
+    """Before the first update policy and reference are one: log 2 weighted by WPO's weights, taken from all logits."""
+    from transformers import AutoModelForCausalLM
+
+    from rlhf.learning.plan import step_batches
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    pairs = [pair for pair in make_round(1, 9).pairs if pair.uid != "long"]
+    first = [pairs[i] for i in next(step_batches(len(pairs), 4, 1, 0, 1))]
+
+    def alignment(prompt, response):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+            squares = logits.softmax(-1).square().sum(-1).log()
+            return (token_logprobs(model, prompt, response) - squares).mean().item()
+
+    weights = [math.exp(sum(alignment(p.prompt_ids, ids) for ids in (p.chosen_ids, p.rejected_ids))) for p in first]
+    expected = math.log(2) * sum(weights) / len(weights)
+    assert load(folder, "weighted", "whole")["steps"][0]["train/loss"] == pytest.approx(expected, rel=1e-4)
+
+    def plain(pair):
+        return -token_logprobs(model, pair.prompt_ids, pair.chosen_ids).sum().item()
+
+    tokens = sum(len(pair.chosen_ids) for pair in first)
+    found = load(folder, "sorted", "whole")["steps"][0]
+    # At the start the sorted log-ratios are those of the reference; the unpaired ones are all 0.
+    assert found["train/loss"] == pytest.approx(1.5 * math.log(2) + sum(map(plain, first)) / tokens, rel=1e-5)
+
+
+if __name__ == "__main__":
+    main()
