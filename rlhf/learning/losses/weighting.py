@@ -1,4 +1,4 @@
-"""WPO: Zhou et al. 2024, "Enhancing RLHF with Weighted Preference Optimization", equation 2, with its sampled alignment."""
+"""WPO with sampled alignment: Zhou et al. 2024, "Enhancing RLHF with Weighted Preference Optimization", equation 2."""
 
 import torch
 
