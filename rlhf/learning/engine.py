@@ -118,6 +118,7 @@ class TrainEngine:
         self.config = deepspeed_config(learner, dtype)
         optimizer = build_optimizer(parameters, learner.optimizer)
         self._engine, *_ = _deepspeed(device).initialize(model=module, optimizer=optimizer, config=self.config)
+        self._frozen = any(not parameter.requires_grad for parameter in module.parameters())
         self.stage = int(self._engine.zero_optimization_stage())
 
     def __call__(self, batch: Any) -> torch.Tensor:
@@ -167,26 +168,51 @@ class TrainEngine:
         """Makes ZeRO-3 parameters whole on every rank inside the context."""
         return self._zero.GatheredParameters(list(parameters)) if self.stage == 3 else nullcontext()
 
+    def shard(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What this rank holds of a parameter: with ZeRO-3 its partition, flat and padded, else all of it."""
+        part: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+        return part.detach()
+
+    @contextmanager
+    def writing_shards(self) -> Iterator[None]:
+        """The `shard`s may be written inside the context; every rank has to enter it.
+
+        Parameters that ZeRO-3 still has whole would go stale: all are released before and the small ones, which it
+        keeps whole for good, gathered again after.
+        """
+        if self.stage == 3:
+            self._engine.optimizer.checkpoint_event_prologue()
+        yield
+        if self.stage == 3:
+            self._engine.optimizer.checkpoint_event_epilogue()
+
     def save(self, path: Path) -> None:
-        """Write weights, masters and optimizer state into `path`; every rank calls."""
+        """Write weights, masters and optimizer state into `path`, without frozen weights; every rank calls."""
         # The checkpoint's manifest has checksums of its own; those inside the archives would cost seconds of a core
         # that the next round's sampling needs.
         torch.serialization.set_crc32_options(False)
-        self._engine.save_checkpoint(str(path), tag=TAG)
+        self._engine.save_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=self._frozen)
 
     def load(self, path: Path) -> None:
         """Restore what `save` wrote, with the same number of ranks."""
-        loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG)
+        loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG, load_module_strict=not self._frozen)
         if loaded is None:
             raise RLHFError(f"{path}: no learner checkpoint to load")
 
 
 def frozen_engine(module: nn.Module, learner: Learner, dtype: torch.dtype, device: str) -> Callable[[Any], Any]:
-    """A frozen module for inference: sharded over the ranks with ZeRO-3, else a whole copy on each."""
+    """A frozen module for inference: sharded over the ranks with ZeRO-3, else a whole copy on each.
+
+    With `learner.reference.offload` it lies in CPU memory: ZeRO-3 fetches a layer at a time, otherwise the caller
+    moves it.
+    """
     module.requires_grad_(False)
+    offload = learner.reference.offload and device != "cpu"
     if learner.zero_stage < 3:
-        return module.to(device).eval()
+        return module.to("cpu" if offload else device).eval()
     config = deepspeed_config(learner, dtype)
+    if offload:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     # Nothing is optimised, so offloading an optimizer would only be refused.
     config["zero_optimization"].pop("offload_optimizer", None)
     engine, *_ = _deepspeed(device).initialize(model=module, config=config)

@@ -1,7 +1,8 @@
 """How trained parameters relate to the checkpoint's tensors."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,14 +29,36 @@ class Full:
         """Names and whole CPU tensors, as `save_pretrained` would write them; copies that later steps leave alone.
 
         Every rank must go through all of it. With ZeRO-3 `gather` makes whole one group of parameters at a time,
-        of at most `GROUP_BYTES` or one parameter.
+        of at most `GROUP_BYTES` or one entry.
         """
-        for group in _groups(checkpoint_parameters(model)):
-            with gather([parameter for _, parameter in group]) if gather else nullcontext():
-                tensors = [(name, parameter.detach().to("cpu", copy=True)) for name, parameter in group]
-            yield from tensors
-        for name, buffer in persistent_buffers(model):
-            yield name, buffer.detach().to("cpu", copy=True)
+        entries = [Entry.plain(name, parameter) for name, parameter in checkpoint_parameters(model)]
+        return export_entries(entries, persistent_buffers(model), gather)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the checkpoint: the parameters that have to be whole for it, and how it comes of them."""
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    value: Callable[[], torch.Tensor]
+
+    @classmethod
+    def plain(cls, name: str, parameter: nn.Parameter) -> "Entry":
+        """A parameter as it is."""
+        return cls(name, (parameter,), parameter.detach)
+
+
+def export_entries(
+    entries: Sequence[Entry], buffers: Iterable[tuple[str, torch.Tensor]], gather: Gather | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and CPU copies of `entries`, gathered group by group, then of `buffers`."""
+    for group in _groups(entries):
+        with gather([parameter for entry in group for parameter in entry.parameters]) if gather else nullcontext():
+            tensors = [(entry.name, entry.value().to("cpu", copy=True)) for entry in group]
+        yield from tensors
+    for name, buffer in buffers:
+        yield name, buffer.detach().to("cpu", copy=True)
 
 
 def checkpoint_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -57,16 +80,16 @@ def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, buffer
 
 
-def _groups(named: Sequence[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    group: list[tuple[str, nn.Parameter]] = []
+def _groups(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    group: list[Entry] = []
     size = 0
-    for name, parameter in named:
+    for entry in entries:
         # A partitioned parameter is empty here; ZeRO-3 keeps the whole's size in `ds_numel`.
-        nbytes = getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        nbytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in entry.parameters)
         if group and size + nbytes > GROUP_BYTES:
             yield group
             group, size = [], 0
-        group.append((name, parameter))
+        group.append(entry)
         size += nbytes
     if group:
         yield group

@@ -4,6 +4,7 @@ import resource
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,19 @@ from rlhf.learning.beta import build_beta
 from rlhf.learning.engine import TrainEngine, join
 from rlhf.learning.flops import FlopCount, peak_flops
 from rlhf.learning.job import LearnerJob
+from rlhf.learning.lora import LowRank
 from rlhf.learning.mask_probe import TOLERANCE, prefix_sharing_error
 from rlhf.learning.measure import measure
 from rlhf.learning.parametrisation import Full
 from rlhf.learning.plan import drop_long, step_batches
 from rlhf.learning.policy import PolicyModule, load_model
-from rlhf.learning.reference import InitialReference, NoReference, ReferencePolicy, score_pairs
+from rlhf.learning.reference import (
+    InitialReference,
+    ReferencePolicy,
+    needs_copy,
+    policy_reference,
+    score_pairs,
+)
 from rlhf.learning.rng import restore_rng, rng_state, seed_all
 from rlhf.learning.schedule import fraction_done, learning_rate
 from rlhf.learning.setup import Setup
@@ -59,11 +67,12 @@ class RankLearner:
         learner = self._config.learner
         seed_all(self._config.seed)
         join(self._device, self._rank, self._world_size, master_address, master_port, timeout_s)
-        self._parametrisation = Full()
         # Any: transformers' models have no useful static type.
-        model: Any = self._parametrisation.wrap(load_model(self._config.policy))
-        self._model: Any = model
-        self._flops = FlopCount(model)
+        model: Any = load_model(self._config.policy)
+        self._flops = FlopCount(model)  # of the model without adapters: they add well under a hundredth
+        lora = LowRank(learner.lora, self._config.policy.path) if learner.lora else None
+        self._parametrisation = lora or Full()
+        self._model: Any = self._parametrisation.wrap(model)
         if learner.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         module = PolicyModule(model).train()
@@ -71,10 +80,11 @@ class RankLearner:
             module.to(self._device)
         dtype = module.dtype
         self.setup = Setup(learner, self._rank, self._world_size, self._device, dtype, self._prefix_sharing(module))
-        free = not learner.loss.needs_reference
-        self.reference = NoReference(self._device) if free else InitialReference(module, self.setup)
+        copied = InitialReference(module, self.setup) if needs_copy(learner) else None
         trainable = list(self._parametrisation.trainable(module))
         self._engine = TrainEngine(module, trainable, learner, dtype, self._device)
+        adapters_off = partial(lora.initial, model) if lora else None
+        self.reference = copied or policy_reference(self._engine, self.setup, adapters_off, trainable)
         self._beta = build_beta(learner.loss)
         module.head.keeps_squares = learner.loss.use_weighting
         self._steps = StepRunner(self._engine, self.setup, self._beta, module.head)
@@ -162,6 +172,8 @@ class RankLearner:
             "world_size": self._world_size,
         }
         torch.save(state, path / f"rank-{self._rank:05d}.pt")
+        if self._reference_owner == self._rank and (reference := self.reference.state_dict()):
+            torch.save(reference, path / f"reference-{self._rank:05d}.pt")
         dist.barrier()
 
     def load(self, path: Path) -> None:
@@ -175,12 +187,20 @@ class RankLearner:
                 f"{path}: saved by {state['world_size']} ranks, this run has learner.world_size {self._world_size}"
             )
         self._engine.load(path)
+        if self.reference.state_dict():
+            file = path / f"reference-{self._reference_owner:05d}.pt"
+            self.reference.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
         self.rounds_done = state["rounds_done"]
         self._step = state["step"]
         self._steps.skipped = state["skipped"]
         self._beta.load_state_dict(state["beta"])
         self._steps.shift.load_state_dict(state["reward_shift"])
         restore_rng(state["rng"])
+
+    @property
+    def _reference_owner(self) -> int:
+        """The rank that saves this rank's state of the reference: ZeRO-3 splits it, otherwise all have the same."""
+        return self._rank if self.setup.learner.zero_stage == 3 else 0
 
     def _prefix_sharing(self, module: PolicyModule) -> bool:
         learner = self._config.learner
@@ -209,10 +229,12 @@ class RankLearner:
         for number, indices in enumerate(batches):
             fraction = fraction_done(round, number, len(batches), rounds)
             # Only before the round's first update is the policy the version that sampled.
-            first = mismatch if number == 0 else None
+            first = mismatch if number == 0 and not (learner.lora and learner.lora.dropout) else None
             grouping = Grouping(sealed.group, learner.loss.averages(fraction))
             lr = learning_rate(learner.optimizer, fraction)
             metrics = self._steps.step([pairs[i] for i in indices], reference[indices], lr, first, grouping)
+            if not metrics["train/skipped"]:
+                self.reference.stepped()
             self._step += 1
             yield StepReport(round, self._step, metrics)
 
@@ -237,8 +259,8 @@ class RankLearner:
                 dist.all_reduce(peak)
                 self._peak = peak.item()
             epochs, seconds = self.setup.learner.epochs, reference_s + learn_s
-            free = not self.setup.learner.loss.needs_reference
-            passes = (0 if free else 1) + 3 * epochs  # the reference's forward; forward and backward of each epoch
+            # The reference's forward; of each epoch forward and backward, which frozen weights get no gradient in.
+            passes = int(self.setup.learner.loss.needs_reference) + (2 if self.setup.learner.lora else 3) * epochs
             tokens = sum(self.setup.cost(pair) for pair in pairs) * epochs
             result["perf/learner_tokens_per_s"] = tokens / seconds
             result["perf/mfu"] = passes * self._flops.forward(pairs) / seconds / self._peak
