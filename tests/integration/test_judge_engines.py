@@ -15,10 +15,23 @@ import yaml
 from pydantic import TypeAdapter
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from actors.cluster import ClusterInfo
 from actors.engine.llm import EngineSpec, engine_environment
-from rlhf.config.judge import EnsembleJudge, Judge, PooledJudge, RewardModelJudge, SafetyJudge, single_judges
+from actors.judge_launch import JudgeLauncher
+from rlhf.config.judge import (
+    EnsembleJudge,
+    Judge,
+    PairModelJudge,
+    PooledJudge,
+    RewardModelJudge,
+    SafetyJudge,
+    single_judges,
+)
+from rlhf.config.system import Cluster
 from rlhf.judging.build import build_judge
+from rlhf.judging.ensemble import EnsembleJudge as RunningEnsemble
 from rlhf.judging.transformers_engine import TransformersRewarder, TransformersScorer
+from rlhf.ports import Judge as RunningJudge
 from rlhf.ports import JudgeEngines
 from rlhf.records import Comparison, Message, Verdict, VerdictState
 
@@ -30,6 +43,8 @@ TALK = (
     Message(role="assistant", content="It does."),
     Message(role="user", content="Will it snow tomorrow?"),
 )
+BF16 = 0.1
+"""A letter's logit has steps of an eighth in bfloat16."""
 PAIRS = [("Yes, a lot of it.", "No."), ("No.", "I hope so, for the children love it!"), ("Ask again.", "No.")]
 COMPARISONS = [
     *(Comparison("p", TALK, a, b) for a, b in PAIRS),
@@ -70,7 +85,7 @@ def plain_rewards(path: Path, prompts: list[list[int]]) -> list[float]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="rlhf-t-")
-    ray.init(num_cpus=4, include_dashboard=False, namespace="tests", _temp_dir=folder, log_to_driver=False)
+    ray.init(num_cpus=8, include_dashboard=False, namespace="tests", _temp_dir=folder, log_to_driver=False)
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
@@ -138,7 +153,7 @@ class LocalEngines:
         return TransformersRewarder(config, "cpu")
 
 
-def example(name: str) -> PooledJudge | EnsembleJudge:
+def example(name: str) -> Judge:
     data = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
     assert set(data) <= {"judge", "cluster"}
     return TypeAdapter(Judge).validate_python(data["judge"])
@@ -164,6 +179,43 @@ async def test_example_configs_judge_on_a_cpu(name: str, reward_model: Path, mon
         verdicts = await judged(judge, LocalEngines())  # type: ignore[arg-type]
         if isinstance(judge, SafetyJudge):
             assert all(0.0 < (verdict.score_a or 0.0) < 1.0 for verdict in verdicts)
+
+
+async def launched(config: Judge) -> RunningJudge:
+    """The judge as a run starts it: placed, in actors, behind its pools."""
+    launcher = JudgeLauncher(ClusterInfo("tests", "cpu", private=True), Cluster(device="cpu"), 0, None, lambda _: None)
+    return await launcher.start(config, f"example-{config.type}", lambda: None)
+
+
+async def test_the_ensemble_example_over_its_pools(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = example("ensemble")
+    assert isinstance(config, EnsembleJudge)
+    judge = await launched(config)
+    assert isinstance(judge, RunningEnsemble)
+    verdicts = await judge.compare(COMPARISONS)
+    opinions = [await judged(member.judge, LocalEngines()) for member in config.members]
+    weights = [member.weight for member in config.members]
+    expected = [np.average([opinion.p for opinion in each], weights=weights) for each in zip(*opinions, strict=True)]
+    assert [verdict.p for verdict in verdicts] == pytest.approx(expected, abs=1e-12)
+    assert [verdict.comparison for verdict in verdicts] == COMPARISONS
+    assert {(verdict.score_a, verdict.score_b) for verdict in verdicts} == {(None, None)}
+    assert np.ptp(expected) > 0.05
+
+
+async def test_the_pair_model_example_on_vllm(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the file says, in bfloat16; test_judge_pair_model has the numbers in float32."""
+    monkeypatch.chdir(ROOT)
+    config = example("pair_model")
+    assert isinstance(config, PairModelJudge)
+    assert config.backend == "vllm"
+    verdicts = await (await launched(config)).compare(COMPARISONS)
+    expected = await judged(config.model_copy(update={"dtype": "float32"}), LocalEngines())
+    assert VerdictState.INVALID not in {verdict.state for verdict in verdicts}
+    for order in ("p_ab", "p_ba"):
+        exact = [getattr(verdict, order) for verdict in expected]
+        assert [getattr(verdict, order) for verdict in verdicts] == pytest.approx(exact, abs=BF16)
+    assert max(abs(verdict.p_ab - verdict.p_ba) for verdict in expected) > 3 * BF16, "the orders tell them apart"
 
 
 async def test_the_guard_reads_its_answer_where_the_model_would_give_it() -> None:
