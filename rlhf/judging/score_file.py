@@ -16,6 +16,7 @@ from typing import IO, Any
 from rlhf.errors import InputError
 from rlhf.files import write_json
 from rlhf.judging.health import check_valid_share
+from rlhf.judging.identical import differs
 from rlhf.judging.score_lines import Line, Tally, as_jsonl, make_results, open_lines, read_lines
 from rlhf.judging.stream import CHUNK, judge_chunks
 from rlhf.ports import Judge
@@ -89,8 +90,8 @@ async def score(
     more lines are on disk.
 
     Raises `RLHFError`, and writes nothing of the chunk, where less than `min_valid` of the last `chunk` comparisons
-    are valid: a judge that is down must not leave a file full of invalid lines. Raises `InputError` for a bad line,
-    unless the job skips them.
+    that the judge was asked about are valid: a judge that is down must not leave a file full of invalid lines.
+    Raises `InputError` for a bad line, unless the job skips them.
     """
     tally = Tally()
     waiting: deque[list[Line]] = deque()
@@ -107,7 +108,7 @@ async def score(
         async with aclosing(judge_chunks(judge, chunks())) as judged:
             async for verdicts in judged:
                 lines = waiting.popleft()
-                recent.extend(verdicts)
+                recent.extend(verdict for verdict in verdicts if differs(verdict.comparison))
                 where = f"--input {job.input}: up to line {lines[-1].number}"
                 check_valid_share(list(recent), min_valid, where)
                 results = make_results(lines, verdicts)

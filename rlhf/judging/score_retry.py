@@ -13,6 +13,7 @@ from typing import IO, Any
 from rlhf.errors import InputError
 from rlhf.files import rename_durable
 from rlhf.judging.health import check_valid_share
+from rlhf.judging.identical import differs
 from rlhf.judging.score_file import ScoreJob, lock
 from rlhf.judging.score_lines import Line, Tally, as_jsonl, make_results, read_lines
 from rlhf.judging.stream import CHUNK, judge_chunks
@@ -118,7 +119,7 @@ def _check_share(part: list[_Written], verdicts: list[Verdict], min_valid: float
     judged = iter(verdicts)
     whole = [next(judged) if item.again is not None else _old(item) for item in part]
     where = f"--input {job.input}: up to line {part[-1].line.number}"
-    check_valid_share([verdict for verdict in whole if verdict is not None], min_valid, where)
+    check_valid_share([verdict for verdict in whole if verdict and differs(verdict.comparison)], min_valid, where)
 
 
 def _old(item: _Written) -> Verdict | None:

@@ -4,9 +4,9 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
-from rlhf.judging.verdicts import check_complete
+from rlhf.judging.identical import compare_differing
 from rlhf.ports import Judge
-from rlhf.records import Comparison, Verdict, VerdictState
+from rlhf.records import Comparison, Verdict
 
 CHUNK = 256
 """Comparisons of a chunk: a few engine batches, and small enough for progress to be seen."""
@@ -20,12 +20,13 @@ async def judge_chunks(
 ) -> AsyncGenerator[list[Verdict], None]:
     """The verdicts of each chunk, in order; at most `under_way` chunks are held, so the memory taken is constant.
 
-    The first error propagates, and closing the generator cancels what is under way: use it in `aclosing`.
+    Identical responses tie without asking the judge. The first error propagates, and closing the generator cancels
+    what is under way: use it in `aclosing`.
     """
     tasks: deque[asyncio.Task[list[Verdict]]] = deque()
     try:
         for chunk in chunks:
-            tasks.append(asyncio.create_task(_judge(judge, chunk)))
+            tasks.append(asyncio.create_task(compare_differing(judge, chunk)))
             if len(tasks) >= under_way:
                 yield await tasks[0]
                 tasks.popleft()
@@ -36,16 +37,3 @@ async def judge_chunks(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _judge(judge: Judge, chunk: Sequence[Comparison]) -> list[Verdict]:
-    """The verdicts of a chunk; identical responses tie, whatever the judge, and are not asked about."""
-    asked = [comparison for comparison in chunk if comparison.a != comparison.b]
-    verdicts = await judge.compare(asked) if asked else []
-    check_complete(asked, verdicts)
-    found = iter(verdicts)
-    return [next(found) if comparison.a != comparison.b else _same(comparison) for comparison in chunk]
-
-
-def _same(comparison: Comparison) -> Verdict:
-    return Verdict(comparison, 0.5, 0.5, VerdictState.TIE, reason="the responses are identical")

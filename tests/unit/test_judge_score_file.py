@@ -186,6 +186,9 @@ def test_identical_responses_tie_unasked(tmp_path: Path) -> None:
     assert [(each["id"], each["state"]) for each in read(out)][2] == (2, "tie")
     assert (read(out)[2]["p_ab"], read(out)[2]["p_ba"]) == (0.5, 0.5)
     assert "identical" in read(out)[2]["reason"]
+    out.unlink()
+    with pytest.raises(RLHFError, match=r"only 0\.0% of 2"):  # they do not hide that the judge is down
+        run(source, out, Down(), min_valid=0.1)
 
 
 def test_invalid_lines_are_judged_again(tmp_path: Path) -> None:
