@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.integration.conftest import Run, System, exists, state_reaches
 
-WORDS = "sun rain bread maps tea bees snow music sea trains jam books cat hill lamp road".split()
+WORDS = ["sun", "rain", "bread", "maps", "tea", "bees", "snow", "music", "sea", "trains", "jam", "books", "cat"]
 
 
 def pairs(count: int, seed: int) -> str:
