@@ -11,7 +11,7 @@ import typer
 
 from rlhf import __version__
 from rlhf.cli_judge import judge_app
-from rlhf.config import OfflineConfig, load_config, load_run
+from rlhf.config import OfflineConfig, load_run
 from rlhf.errors import RLHFError, naming
 
 app = typer.Typer(
@@ -52,12 +52,32 @@ def validate(config: Config, overrides: Overrides = None) -> None:
 
     from rlhf.planning import check_inputs, make_plan, show_plan
 
-    resolved = load_config(config, overrides or ())
+    resolved = load_run(config, overrides or ())
+    if isinstance(resolved, OfflineConfig):
+        _validate_offline(config, resolved)
+        return
     with naming(config):
         notes = check_inputs(resolved)
         plan = make_plan(resolved)
     print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     show_plan(plan, notes, Console())
+
+
+def _validate_offline(config: str, resolved: OfflineConfig) -> None:
+    """The config of an offline training and what its data hold; its memory is that of a learner."""
+    import yaml
+
+    from rlhf.data.training_sets import read_training_set
+    from rlhf.modelfiles import local_folder, tensor_shapes
+
+    with naming(config):
+        tensor_shapes(local_folder(resolved.policy.path, "policy.path"), "policy.path")
+        data = read_training_set(resolved.preferences, "preferences")
+    print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    steps = -(-len(data.train) * resolved.epochs // resolved.learner.batch_size)
+    print(f"{len(data.train)} pairs to train on in {steps} steps, {len(data.held_out)} held out")
+    for note in data.notes:
+        print(f"note: {note}")
 
 
 @app.command()
