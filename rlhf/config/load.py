@@ -26,6 +26,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | Off
     """
     source = str(path)
     data = apply_overrides(read_yaml(path), overrides, source)
+    if "data" in data and "prompts" not in data:
+        raise InputError(f"{source}: data: this is the config of a judge's training; run `rlhf judge train {source}`")
     if data.get("preferences") is None:
         return validate(data, source)
     online = [key for key in ("prompts", "rounds", "generator", "judge", "eval_judge", "pairing") if data.get(key)]

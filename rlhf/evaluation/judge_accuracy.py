@@ -14,7 +14,6 @@ from rlhf.judging.verdicts import make_verdict, sigmoid
 from rlhf.ports import Learner, Monitor
 from rlhf.records import Verdict, VerdictState
 
-
 ROWS = (
     ("accuracy", "eval/accuracy", "{:.3f}"),
     ("  95 % interval, low", "eval/accuracy_low", "{:.3f}"),

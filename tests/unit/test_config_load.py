@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.config import RunConfig, load_config
+from rlhf.config import OfflineConfig, RunConfig, load_config, load_run
 from rlhf.config.load import apply_overrides, validate
 from rlhf.errors import InputError
 
@@ -326,3 +326,26 @@ def test_the_resolved_config_loads_to_itself(seed: int, lr: float, count: int, j
     config: RunConfig = validate(apply_overrides(BASE, overrides, "c.yaml"), "c.yaml")
     assert (config.seed, config.learner.optimizer.lr, config.rounds.count) == (seed, lr, count)
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: x\npolicy: {path: p}\ndata: {path: d}\n", "run `rlhf judge train"),
+        (
+            "name: x\npolicy: {path: p}\npreferences: {path: d}\nprompts: {path: q}\n",
+            "leave out prompts, or preferences",
+        ),
+        ("name: x\npolicy: {path: p}\npreferences: {path: d}\nrefrence: 1\n", "refrence"),
+    ],
+)
+def test_what_train_cannot_take_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_run(write(tmp_path, text))
+    assert message in str(caught.value)
+
+
+def test_preferences_make_an_offline_training(tmp_path: Path) -> None:
+    file = write(tmp_path, "name: x\npolicy: {path: p}\npreferences: {path: d}\n")
+    assert isinstance(load_run(file, ["learner.loss.type=sft"]), OfflineConfig)
+    assert isinstance(load_run(write(tmp_path, MINIMAL)), RunConfig)
