@@ -69,7 +69,7 @@ class JudgeRows:
     def __init__(
         self, examples: Sequence[PreferenceExample], prompt: PairPrompt, segments: Segments, *, both_orders: bool
     ) -> None:
-        """`segments` cuts `examples`; with `both_orders` each makes two rows, else one, its side drawn from the seed."""
+        """`segments` cuts `examples`; with `both_orders` each makes two rows, else one on a side from the seed."""
         self._examples = examples
         self._prompt = prompt
         self._segments = segments
