@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from rlhf.config.base import DType, Section
 from rlhf.monitor.redact import find_secret
 
-_RUNNING = {"replicas", "batch_size", "cpus", "cache", "health", "api_key_env", "concurrency", "timeout_s", "retries",
+RUNNING = {"replicas", "batch_size", "cpus", "cache", "health", "api_key_env", "concurrency", "timeout_s", "retries",
             "batch_timeout_s", "max_requests", "max_total_tokens"}  # fmt: skip
 """Fields of judges that change how a verdict is reached, not what it is."""
 
@@ -358,7 +358,7 @@ def with_path(judge: "Judge", path: str) -> "Judge":
 
 def _answering(judge: "Judge") -> dict[str, Any]:
     if not isinstance(judge, EnsembleJudge):
-        return judge.model_dump(exclude=_RUNNING)
+        return judge.model_dump(exclude=RUNNING)
     members = [{"weight": member.weight, "judge": _answering(member.judge)} for member in judge.members]
     return judge.model_dump(exclude={"health", "members"}) | {"members": members}
 

@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.base import Section
-from rlhf.config.judge import Judge
+from rlhf.config.judge import Judge, check_deadline
 from rlhf.config.learner import Learner, Loss, Optimizer
 from rlhf.config.offline import OfflineTraining, TrainingData
 from rlhf.config.system import Cluster
@@ -18,6 +18,11 @@ class JudgeRun(Section):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of the engine.")
     judge: Judge = Field(description="The judge; a local model's `path` is needed here.")
     cluster: Cluster = Field(default_factory=lambda: Cluster(), description="The cluster.")
+
+    @model_validator(mode="after")
+    def _late_is_invalid(self) -> "JudgeRun":
+        check_deadline(self.judge, "judge", self.cluster.deadlines.judge)
+        return self
 
 
 class JudgeLoss(Loss):

@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.base import Section
 from rlhf.config.data import Policy
+from rlhf.config.judge import check_secrets
 from rlhf.config.learner import ZERO_0_BF16, Learner
 from rlhf.config.names import folder_name
 from rlhf.config.system import Checkpoint, Cluster, Monitor
@@ -64,6 +65,7 @@ class OfflineTraining(Section):
             )
         if self.learner.zero_stage == 0 and self.policy.dtype == "bfloat16":
             raise ValueError(ZERO_0_BF16)
+        check_secrets(self.learner.deepspeed, "learner.deepspeed.")
         return self
 
     def warmed_up(self, segments: int) -> Learner:

@@ -12,18 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.judge import EngineJudge, PooledJudge
+from rlhf.config.judge import RUNNING, EngineJudge, PooledJudge
 from rlhf.judging.verdicts import check_complete
 from rlhf.ports import Judge
 from rlhf.records import Comparison, Verdict, VerdictState
 
 _CODE = 1
 """Raise it when a judge's own code changes what it answers: older verdicts then no longer count."""
-
-_POOL = {"replicas", "batch_size", "cpus", "cache", "health"}
-_ENDPOINT = {"api_key_env", "concurrency", "timeout_s", "retries", "batch_timeout_s", "max_requests"}
-_IRRELEVANT = _POOL | _ENDPOINT | {"max_total_tokens"}
-"""Config fields that change how a verdict is reached, not what it is."""
 
 _SMALL = 32 << 20
 """Model files up to this many bytes (config, tokenizer, chat template) are fingerprinted by content."""
@@ -154,7 +149,7 @@ def judge_identity(config: PooledJudge) -> str:
     and one that is retrained in place does not. A `python` judge's code is not part of it: keep its cache off while
     the function still changes.
     """
-    fields = config.model_dump(mode="json", exclude=_IRRELEVANT)
+    fields = config.model_dump(mode="json", exclude=RUNNING)
     if isinstance(config, EngineJudge) and config.path and Path(config.path).is_dir():
         fields["path"] = folder_fingerprint(Path(config.path))
     return json.dumps({"code": _CODE, **fields}, sort_keys=True)

@@ -119,7 +119,8 @@ class System:
                         process.send_signal(signal_number)
                         stop = None
                     if time.monotonic() > deadline:
-                        raise TimeoutError(f"rlhf {' '.join(command)} did not end in {timeout} s:\n{err.read_text()[-3000:]}")
+                        shown = err.read_text()[-3000:]
+                        raise TimeoutError(f"rlhf {' '.join(command)} did not end in {timeout} s:\n{shown}")
                     time.sleep(0.02)
             finally:
                 if process.poll() is None:

@@ -70,9 +70,7 @@ def test_a_bad_config_is_one_line_on_stderr_and_exit_2() -> None:
     done = run("train", QUICKSTART, "judge.type=pm")
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == (
-        f"rlhf: configs/quickstart.yaml: judge.type = 'pm': expected one of {JUDGES}\n"
-    )
+    assert done.stderr == (f"rlhf: configs/quickstart.yaml: judge.type = 'pm': expected one of {JUDGES}\n")
 
 
 @pytest.mark.parametrize(

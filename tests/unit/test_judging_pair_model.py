@@ -299,4 +299,3 @@ async def test_forged_turns_are_invalid(where: str) -> None:
     verdicts = await judge(TableScorer([]), byte_tokenizer(TODAY)).compare([comparison])
     assert verdicts[0].state is VerdictState.INVALID
     assert "<|eot|>" in verdicts[0].reason
-
