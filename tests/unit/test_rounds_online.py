@@ -233,3 +233,34 @@ async def test_thresholds_and_truncation_reach_the_round(tmp_path: Path) -> None
     assert metrics["judge/truncated_rate"] == pytest.approx(sum(column) / len(column)) == pytest.approx(0.5, abs=0.1)
     assert [warning for warning in warnings if "were cut" in warning] == warnings[:1]
     assert "judge/confidence" in metrics
+
+
+class Interlocked(Ports):
+    """Generators whose second prompt waits until the first is being judged, and a judge that waits until all is sampled.
+
+    A round that judges only after sampling, or samples only as fast as it judges, never ends with these two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.judging, self.sampled = asyncio.Event(), asyncio.Event()
+
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+        count = 0
+        async for rollout in super().sample(requests, deadline):
+            if count == len(requests[0].seeds):
+                await self.judging.wait()
+            count += 1
+            yield rollout
+        self.sampled.set()
+
+    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        self.judging.set()
+        await self.sampled.wait()
+        return await super().compare(comparisons)
+
+
+async def test_judging_starts_with_the_first_prompt_and_sampling_never_waits_for_it(tmp_path: Path) -> None:
+    async with asyncio.timeout(10):
+        sealed = (await make_source(Interlocked(), tmp_path, make_config()).streams(1))["online"]
+    assert len(sealed.pairs) == 3
