@@ -236,7 +236,7 @@ async def test_thresholds_and_truncation_reach_the_round(tmp_path: Path) -> None
 
 
 class Interlocked(Ports):
-    """Generators whose second prompt waits until the first is being judged, and a judge that waits until all is sampled.
+    """Generators whose second prompt waits until the first is judged, and a judge that waits until all is sampled.
 
     A round that judges only after sampling, or samples only as fast as it judges, never ends with these two.
     """
