@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import ray
+import torch
 
 from actors.calls import all_within, unwrap, within
 from actors.engine.plugin import NCCL
@@ -54,9 +56,10 @@ class LearnerActor:
 
     def train(self, sealed: SealedRound) -> Iterator[StepReport]:
         """Yield a report after each optimizer step; reports are the same on every rank, only rank 0 sends them."""
-        for report in self._learner.steps(sealed):
-            if self._rank == 0:
-                yield report
+        with naming_memory():
+            for report in self._learner.steps(sealed):
+                if self._rank == 0:
+                    yield report
 
     def statistics(self) -> dict[str, float]:
         """Round metrics of the last `train`."""
@@ -153,7 +156,10 @@ class LearnerGroup:
         except ray.exceptions.RayTaskError as error:
             raise unwrap(error) from error
         except ray.exceptions.RayActorError as error:
-            raise RLHFError(f"learner: a rank died in round {sealed.round}: {str(error).splitlines()[0]}") from error
+            raise RLHFError(
+                f"learner: a rank died in round {sealed.round}: {str(error).splitlines()[0]} (without memory left the "
+                "system kills the largest process: lower learner.micro_batch_size, or see `rlhf validate`)"
+            ) from error
 
     async def statistics(self) -> dict[str, float]:
         """Round metrics of the last `train`."""
@@ -189,6 +195,19 @@ class LearnerGroup:
     async def _all(self, method: str, deadline: float, what: str, *arguments: Any) -> list[Any]:
         calls = [getattr(handle, method).remote(*arguments) for handle in self._handles]
         return await all_within(calls, deadline, f"learner: {what}")
+
+
+@contextmanager
+def naming_memory() -> Iterator[None]:
+    """A GPU that is out of memory becomes one line that says what to lower."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        reason = str(error).split(". ")[0]
+        raise RLHFError(
+            f"learner: out of GPU memory ({reason}); lower learner.micro_batch_size or learner.max_length, set "
+            "learner.activation_checkpointing true, or shard over more ranks with learner.zero_stage 3"
+        ) from error
 
 
 async def _drain(stream: Any) -> None:

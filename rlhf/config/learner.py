@@ -87,6 +87,9 @@ class Learner(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
     )
+    max_skipped_steps: int = Field(
+        10, ge=1, description="Stop the run after this many steps in a row whose loss or gradient is not finite."
+    )
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="Merged over the generated DeepSpeed config.")
     cpus: int | None = Field(
         None, ge=1, description="CPU threads of one rank; null shares the local machine's cores among the ranks."

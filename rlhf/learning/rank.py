@@ -106,11 +106,15 @@ class RankLearner:
         started = time.perf_counter()
         reference = self.reference.score(pairs) if pairs else torch.zeros(0, 2)
         scored = time.perf_counter()
-        mismatch = Mismatch(self.rounds_done)
+        mismatch, skipped = Mismatch(self.rounds_done), self._steps.skipped
         yield from self._train(sealed, pairs, reference, mismatch)
         ended = time.perf_counter()
         self._statistics = self._summarise(pairs, scored - started, ended - scored)
-        self._statistics |= mismatch.reduce(self._device) | {"pairs/dropped_long": float(dropped)}
+        self._statistics |= mismatch.reduce(self._device)
+        self._statistics |= {
+            "pairs/dropped_long": float(dropped),
+            "train/skipped": float(self._steps.skipped - skipped),
+        }
         self.rounds_done += 1
 
     def statistics(self) -> dict[str, float]:
@@ -237,6 +241,7 @@ class RankLearner:
                 self.reference.stepped()
             self._step += 1
             yield StepReport(round, self._step, metrics)
+            self._steps.check_skipped(learner.max_skipped_steps)
 
     def _summarise(self, pairs: Sequence[Pair], reference_s: float, learn_s: float) -> dict[str, float]:
         """Timing and throughput; the slowest rank's seconds and the largest rank's memory."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from rlhf.errors import RLHFError
 from rlhf.learning.batch import Batch, build_batch
 from rlhf.learning.engine import TrainEngine
 from rlhf.learning.losses import PreferenceLoss, RewardShift, StepLoss
@@ -94,6 +95,7 @@ class StepRunner:
     beta: BetaController
     head: ResponseHead
     skipped: int = field(default=0)
+    skipped_in_a_row: int = field(default=0)
     shift: RewardShift = field(default_factory=RewardShift)
 
     def step(
@@ -132,6 +134,15 @@ class StepRunner:
         norm, stepped = self.engine.step(lr)
         dist.all_reduce(sums)
         return self._metrics(dict(zip(SUMS, sums.tolist(), strict=True)), len(pairs), beta, lr, norm, stepped)
+
+    def check_skipped(self, limit: int) -> None:
+        """Raise `RLHFError` when `limit` steps in a row could not be taken: nothing will mend itself any more."""
+        if self.skipped_in_a_row >= limit:
+            raise RLHFError(
+                f"learner: {self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite "
+                f"(learner.max_skipped_steps = {limit}); lower learner.optimizer.lr or learner.loss.beta, or go back "
+                "to an older checkpoint"
+            )
 
     def _step_loss(self, pairs: Sequence[Pair], reference: torch.Tensor, micros: int) -> StepLoss:
         """The loss over the whole step. One that sorts the step's pairs gets them scored first, unless this rank sees
@@ -176,8 +187,10 @@ class StepRunner:
             self.shift.observe(mean["rewards/chosen"], mean["rewards/rejected"])
             observed = {"h_sum": sums["h_sum"], "abs_logratio_sum": sums["abs_logratio_sum"], "count": float(count)}
             self.beta.observe(observed)
+            self.skipped_in_a_row = 0
         else:
             self.skipped += 1
+            self.skipped_in_a_row += 1
         metrics = {
             "train/loss": mean["loss"],
             "train/grad_norm": norm,

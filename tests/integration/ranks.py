@@ -1,10 +1,23 @@
-"""Starts the ranks of a learner test as processes, without Ray."""
+"""What the tests of learner ranks share: a tiny model, its configs and rounds, and starting ranks without Ray."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+
+LEARNER = {
+    "batch_size": 4,
+    "micro_batch_size": 4,
+    "max_length": 60,
+    "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "schedule": "linear", "max_grad_norm": 1.0},
+}
+ROUNDS = 8
+SHIFT = 0.01
+VOCAB = 97
 
 
 def run_ranks(script, folder, world_size, timeout=240):
@@ -30,3 +43,72 @@ def run_ranks(script, folder, world_size, timeout=240):
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-6000:]
+
+
+def make_config(model, *, dtype="float32", **learner):
+    from rlhf.config import RunConfig
+
+    world_size = learner.pop("world_size", 1)
+    return RunConfig.model_validate(
+        {
+            "name": "ranks",
+            "policy": {"path": str(model), "dtype": dtype},
+            "prompts": {"path": "unused", "max_tokens": 20},
+            "generator": {"sampling": {"max_tokens": 20}},
+            "rounds": {"count": ROUNDS},
+            "learner": {**LEARNER, **learner, "world_size": world_size},
+        }
+    )
+
+
+def make_round(number, count, model=None):
+    """`count` pairs of odd lengths and one too long; with `model`, chosen log-probs as an engine off by SHIFT gives."""
+    from rlhf.records import Pair, SealedRound
+
+    draw = random.Random(number)
+
+    def ids(n):
+        return tuple(draw.randrange(VOCAB) for _ in range(n))
+
+    pairs = []
+    for i in range(count):
+        prompt, chosen, rejected = (ids(draw.randint(*bounds)) for bounds in ((1, 20), (1, 15), (2, 15)))
+        logprobs = ()
+        if model is not None:
+            with torch.no_grad():
+                logprobs = tuple((token_logprobs(model, prompt, chosen) + SHIFT).tolist())
+        # Only the chosen response counts for the mismatch: the rejected one claims another version.
+        pairs.append(
+            Pair(f"p{i}", number, prompt, chosen, rejected, "", "", "", 1.0, 0, 7, logprobs, (9.0,) * len(rejected))
+        )
+    if count:
+        pairs.insert(2, Pair("long", number, ids(30), ids(31), ids(2), "", "", "", 1.0, 0, 0))
+    return SealedRound(number, tuple(pairs), "digest")
+
+
+def token_logprobs(model, prompt, response):
+    """Log-probs of a response by the model's own forward, its whole logits, one sequence at a time."""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1)[torch.arange(len(response)), list(response)]
+
+
+def save_tiny_model(path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        max_position_embeddings=128,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(path)

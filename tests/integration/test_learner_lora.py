@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.ranks import run_ranks
-from tests.integration.test_learner_ranks import (
+from tests.integration.ranks import (
     LEARNER,
     ROUNDS,
     make_config,
     make_round,
+    run_ranks,
     save_tiny_model,
     token_logprobs,
 )

@@ -4,16 +4,13 @@ The file is also the script of one rank: `python test_learner_losses.py FOLDER R
 """
 
 import math
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integration.test_learner_ranks import make_config, make_round, save_tiny_model, token_logprobs
+from tests.integration.ranks import make_config, make_round, run_ranks, save_tiny_model, token_logprobs
 
 LOSSES = {
     "sorted": {"type": "mix", "terms": [{"type": "aot"}, {"type": "aot_unpaired", "weight": 0.5}, {"type": "sft"}]},
@@ -55,36 +52,12 @@ def main():
             run_case(folder, f"{name}-{layout}", {**settings, "loss": loss}, rank, world_size, port)
 
 
-def run_ranks(folder, world_size):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), str(rank), str(world_size), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("losses")
     save_tiny_model(folder / "model")
     for world_size in LAYOUTS:
-        run_ranks(folder, world_size)
+        run_ranks(__file__, folder, world_size)
     return folder
 
 

@@ -4,15 +4,22 @@ The file is also the script of one rank: `python test_learner_ranks.py FOLDER RA
 """
 
 import json
-import os
-import random
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.integration.ranks import (
+    LEARNER,
+    ROUNDS,
+    SHIFT,
+    make_config,
+    make_round,
+    run_ranks,
+    save_tiny_model,
+    token_logprobs,
+)
 
 CASES = {
     1: {
@@ -33,64 +40,6 @@ CASES = {
 }
 HALF = [name for cases in CASES.values() for name in cases if name.startswith("bf16")]
 EXACT = [name for cases in CASES.values() for name in cases if name not in HALF]
-LEARNER = {
-    "batch_size": 4,
-    "micro_batch_size": 4,
-    "max_length": 60,
-    "optimizer": {"lr": 3e-3, "weight_decay": 0.1, "schedule": "linear", "max_grad_norm": 1.0},
-}
-ROUNDS = 8
-SHIFT = 0.01
-VOCAB = 97
-
-
-def make_config(model, *, dtype="float32", **learner):
-    from rlhf.config import RunConfig
-
-    world_size = learner.pop("world_size", 1)
-    return RunConfig.model_validate(
-        {
-            "name": "ranks",
-            "policy": {"path": str(model), "dtype": dtype},
-            "prompts": {"path": "unused", "max_tokens": 20},
-            "generator": {"sampling": {"max_tokens": 20}},
-            "rounds": {"count": ROUNDS},
-            "learner": {**LEARNER, **learner, "world_size": world_size},
-        }
-    )
-
-
-def make_round(number, count, model=None):
-    """`count` pairs of odd lengths and one too long; with `model`, chosen log-probs as an engine off by SHIFT gives."""
-    from rlhf.records import Pair, SealedRound
-
-    draw = random.Random(number)
-
-    def ids(n):
-        return tuple(draw.randrange(VOCAB) for _ in range(n))
-
-    pairs = []
-    for i in range(count):
-        prompt, chosen, rejected = (ids(draw.randint(*bounds)) for bounds in ((1, 20), (1, 15), (2, 15)))
-        logprobs = ()
-        if model is not None:
-            with torch.no_grad():
-                logprobs = tuple((token_logprobs(model, prompt, chosen) + SHIFT).tolist())
-        # Only the chosen response counts for the mismatch: the rejected one claims another version.
-        pairs.append(
-            Pair(f"p{i}", number, prompt, chosen, rejected, "", "", "", 1.0, 0, 7, logprobs, (9.0,) * len(rejected))
-        )
-    if count:
-        pairs.insert(2, Pair("long", number, ids(30), ids(31), ids(2), "", "", "", 1.0, 0, 0))
-    return SealedRound(number, tuple(pairs), "digest")
-
-
-def token_logprobs(model, prompt, response):
-    """Log-probs of a response by the model's own forward, its whole logits, one sequence at a time."""
-    logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
-    return logits.log_softmax(-1)[torch.arange(len(response)), list(response)]
-
-
 # ---- one rank ----
 
 
@@ -143,6 +92,7 @@ def run_case(folder, name, settings, rank, world_size, port):
     score = learner.reference.score
     learner.reference.score = lambda pairs: torch.full((len(pairs), 2), float("nan"))
     result["nan"] = ([report.metrics for report in learner.train(make_round(4, 3))], weights())
+    result["nan_statistics"] = learner.statistics()["train/skipped"]
     learner.reference.score = score
     result["after_nan"] = ([report.metrics for report in learner.train(make_round(5, 3))], weights())
     torch.save(result, folder / f"result-{name}-{rank}.pt")
@@ -158,55 +108,12 @@ def main():
 # ---- the tests ----
 
 
-def launch(folder, world_size):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
-    arguments = [[__file__, str(folder), str(rank), str(world_size), str(port)] for rank in range(world_size)]
-    return [
-        subprocess.Popen(
-            [sys.executable, *item], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for item in arguments
-    ]
-
-
-def save_tiny_model(path):
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        max_position_embeddings=128,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    words = WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), unk_token="w0").save_pretrained(path)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     save_tiny_model(folder / "model")
     for world_size in CASES:
-        processes = launch(folder, world_size)
-        try:
-            outputs = [process.communicate(timeout=240)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        for process, output in zip(processes, outputs, strict=True):
-            assert process.returncode == 0, output[-6000:]
+        run_ranks(__file__, folder, world_size)
     return folder
 
 
@@ -355,6 +262,8 @@ def test_bad_rounds(results, name):
 
     (skipped,), after = found["nan"]
     assert skipped["train/skipped"] == 1.0
+    assert found["nan_statistics"] == 1.0
+    assert found["statistics"]["train/skipped"] == 0.0
     assert "train/loss" not in skipped
     assert all(torch.equal(after[k], v) for k, v in weights.items())
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.ranks import run_ranks
-from tests.integration.test_learner_ranks import make_config, make_round, save_tiny_model, token_logprobs
+from tests.integration.ranks import make_config, make_round, run_ranks, save_tiny_model, token_logprobs
 
 DECAY = 0.8
 EMA = {"reference": {"policy": "ema", "ema_decay": DECAY}}

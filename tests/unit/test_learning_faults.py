@@ -1,0 +1,29 @@
+"""What stops a learner: too many steps that cannot be taken, and a GPU without memory."""
+
+import pytest
+import torch
+
+from actors.learner import naming_memory
+from rlhf.errors import RLHFError
+from rlhf.learning.steps import StepRunner
+
+
+def runner(in_a_row: int) -> StepRunner:
+    nothing = None
+    return StepRunner(nothing, nothing, nothing, nothing, skipped_in_a_row=in_a_row)  # type: ignore[arg-type]
+
+
+def test_a_run_of_steps_that_are_not_finite_stops_the_run() -> None:
+    runner(2).check_skipped(3)
+    with pytest.raises(RLHFError, match=r"3 steps in a row .* learner.max_skipped_steps = 3"):
+        runner(3).check_skipped(3)
+
+
+def test_a_gpu_without_memory_is_one_line_that_says_what_to_lower() -> None:
+    with pytest.raises(RLHFError) as caught, naming_memory():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Much more text")
+    assert str(caught.value).startswith(
+        "learner: out of GPU memory (CUDA out of memory); lower learner.micro_batch_size"
+    )
+    with pytest.raises(ValueError, match="another"), naming_memory():
+        raise ValueError("another")
