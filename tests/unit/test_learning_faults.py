@@ -15,7 +15,7 @@ def runner(in_a_row: int) -> StepRunner:
 
 def test_a_run_of_steps_that_are_not_finite_stops_the_run() -> None:
     runner(2).check_skipped(3)
-    with pytest.raises(RLHFError, match=r"3 steps in a row .* learner.max_skipped_steps = 3"):
+    with pytest.raises(RLHFError, match=r"3 steps in a row .*learner\.max_skipped_steps = 3"):
         runner(3).check_skipped(3)
 
 
