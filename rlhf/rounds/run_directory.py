@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from rlhf.config import OfflineTraining, RunConfig
+from rlhf.config.judge import RUNNING
 from rlhf.errors import InputError
 from rlhf.files import write_atomic
 
@@ -24,11 +25,9 @@ FREE = ("output_dir", "rounds.count", "evaluation", "monitor", "checkpoint", "cl
         "generator.cpus", "learner.cpus", "eval_judge")  # fmt: skip
 """Keys that may change between start and resume: they do not touch what has been planned, sealed or trained."""
 
-FREE_OF_A_JUDGE = ("replicas", "batch_size", "cpus", "cache", "health", "base_url", "api_key_env", "concurrency",
-                   "timeout_s", "retries", "batch_timeout_s", "max_requests", "max_total_tokens")  # fmt: skip
-"""The same of a judge, or a member of an ensemble: how a verdict is reached, not what it is; an endpoint may move."""
-
-_OF_A_JUDGE = re.compile(rf"judge\.(members\.\d+\.judge\.)?({'|'.join(FREE_OF_A_JUDGE)})(\.|$)")
+_FREE_OF_A_JUDGE = "|".join(sorted(RUNNING | {"base_url"}))
+_OF_A_JUDGE = re.compile(rf"judge\.(members\.\d+\.judge\.)?({_FREE_OF_A_JUDGE})(\.|$)")
+"""The same of a judge, or of a member of an ensemble: what changes no verdict, and an endpoint may move."""
 
 
 @contextmanager

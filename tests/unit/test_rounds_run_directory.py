@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from rlhf.config import RunConfig
+from rlhf.config.judge import RUNNING
 from rlhf.errors import InputError
 from rlhf.rounds import run_directory
 from rlhf.rounds.ledger import Ledger, RoundState
@@ -172,6 +173,7 @@ def ensemble(*members: dict[str, Any], **fields: Any) -> dict[str, Any]:
 
 
 def test_how_a_judge_is_reached_may_change(tmp_path: Path) -> None:
+    assert set(MOVED) | {"health"} == RUNNING | {"base_url"}
     planned(tmp_path / "one", judge=LLM)
     begin(tmp_path / "one", judge=LLM | MOVED | {"health": {"min_valid": 0.5}})
     planned(tmp_path / "two", judge=ensemble({"type": "sentiment"}, LLM))
@@ -202,12 +204,6 @@ def test_how_a_judge_is_reached_may_change(tmp_path: Path) -> None:
 def test_what_a_judge_answers_may_not(before: dict[str, Any], after: dict[str, Any], key: str, tmp_path: Path) -> None:
     planned(tmp_path, judge=before)
     assert f"config.yaml: {key}" in refused(tmp_path, judge=after)
-
-
-def test_the_free_fields_of_a_judge_are_those_that_the_verdict_cache_ignores() -> None:
-    from rlhf.judging import cache
-
-    assert set(run_directory.FREE_OF_A_JUDGE) == cache._IRRELEVANT | {"base_url"}
 
 
 def test_a_moved_run_goes_on(tmp_path: Path) -> None:
