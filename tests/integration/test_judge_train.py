@@ -96,8 +96,10 @@ def test_vllm_serves_the_judge_that_was_trained(finished: Run, tmp_path: Path, t
     run = system.train(command=("judge", "bench"), extra=["--data", str(data), "--json", str(report)])
     assert run.code == 0, run.stderr[-3000:]
     found, last = json.loads(report.read_text()), finished.events("eval")[-1]
-    assert found["brier"] == pytest.approx(last["eval/brier"], abs=1e-4)
-    assert found["flip_rate"] == pytest.approx(last["eval/flip_rate"])
+    assert found["calibration"]["brier"] == pytest.approx(last["eval/brier"], abs=1e-4)
+    assert found["health"]["flip_rate"] == pytest.approx(last["eval/flip_rate"])
+    assert found["overall"]["mean_p"] == pytest.approx(last["eval/accuracy"])
+    assert found["overall"]["accuracy"] == pytest.approx(last["eval/accuracy_strict"])
 
 
 def test_a_killed_training_goes_on_to_the_same_judge(finished: Run, tmp_path: Path, tiny_model: Path) -> None:

@@ -25,7 +25,7 @@ METRICS = {"train/loss": 0.1, "rewards/margins": 1 / 3, "train/pairs": 16, "kl/m
 
 def config(**monitor: Any) -> RunConfig:
     data = {"name": "unit", "policy": {"path": "m"}, "prompts": {"path": "p"}, "monitor": monitor}
-    data["generator"] = {"engine": {"hf_token": SECRET, "note": f"x{SECRET}"}}
+    data["generator"] = {"engine": {"note": f"x{SECRET}"}}
     return validate(data, "test.yaml")
 
 
