@@ -11,7 +11,6 @@ from rlhf.config import JudgeRun
 from rlhf.ports import Judge
 from rlhf.records import Comparison, Message, Verdict
 
-SMOLLM2 = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
 HEADER = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 SINGLE = ["How do I boil an egg?"]
 MULTI = ["Can cats swim?", "Most can, few like to.", "And tigers?"]
@@ -36,10 +35,10 @@ def comparisons() -> list[Comparison]:
 
 
 @torch.no_grad()
-def plain_probabilities() -> list[tuple[float, float]]:
+def plain_probabilities(model_path: Path) -> list[tuple[float, float]]:
     """p(A wins) with A first and with B first, one prompt at a time, from the logits of the two letters."""
-    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-    model = AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     letters = [tokenizer.convert_tokens_to_ids("A"), tokenizer.convert_tokens_to_ids("B")]
 
     def first_wins(turns: list[str], first: str, second: str) -> float:
@@ -51,12 +50,12 @@ def plain_probabilities() -> list[tuple[float, float]]:
     return [(first_wins(turns, a, b), 1.0 - first_wins(turns, b, a)) for turns in (SINGLE, MULTI) for a, b in PAIRS]
 
 
-def test_vllm_equals_a_plain_forward_pass() -> None:
+def test_vllm_equals_a_plain_forward_pass(tiny_model: Path) -> None:
     config = JudgeRun.model_validate(
         {
             "judge": {
                 "type": "pair_model",
-                "path": str(SMOLLM2),
+                "path": str(tiny_model),
                 "dtype": "float32",
                 "replicas": 2,
                 "batch_size": 2,
@@ -72,10 +71,10 @@ def test_vllm_equals_a_plain_forward_pass() -> None:
         return await judge.compare(comparisons()), await judge.compare(comparisons())
 
     first, second = run_with_judge(config, work)
-    expected = plain_probabilities()
+    expected = plain_probabilities(tiny_model)
     for verdicts in (first, second):
         found = [(verdict.p_ab, verdict.p_ba) for verdict in verdicts]
         assert found == [pytest.approx(pair, abs=1e-4) for pair in expected]
         assert [verdict.comparison for verdict in verdicts] == comparisons()
     orders = [abs(p_ab - p_ba) for p_ab, p_ba in expected]
-    assert max(orders) > 0.1, "an untrained judge sees the order: the test tells both apart"
+    assert max(orders) > 0.1, "the order matters to this judge: the test tells both apart"
