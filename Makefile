@@ -12,7 +12,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := models/smollm2-135m-instruct
 PYTEST_ARGS ?=
-BENCH ?= $(sort $(wildcard bench/[a-z]*.py))
+# judge_pairs.py makes what others measure on.
+BENCH ?= bench/judge_pairs.py $(filter-out bench/judge_pairs.py,$(sort $(wildcard bench/[a-z]*.py)))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile

@@ -1,8 +1,8 @@
 """Preference pairs for judge training, made on this machine: responses of the small model labelled by their sentiment.
 
-    python bench/judge_pairs.py OUT [--samples 8]
+    python bench/judge_pairs.py [OUT] [--samples 8]
 
-OUT/train.jsonl holds pairs of the quickstart's first 360 training prompts, OUT/test.jsonl of the others and of its
+OUT is runs/judge-pairs by default. OUT/train.jsonl holds pairs of the quickstart's first 360 training prompts, OUT/test.jsonl of the others and of its
 held-out prompts, so that neither a prompt nor a response is in both; OUT/marker-{train,test}.jsonl the plain task: the
 same texts, one of which holds a marker word. A pair's responses differ by 0.5 or more in VADER's compound score, and
 no response is in two pairs.
@@ -74,7 +74,7 @@ def marker_pairs(prompt: Prompt, texts: list[str]) -> list[dict[str, str]]:
 def main() -> None:
     """Sample, label, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, nargs="?", default=Path("runs/judge-pairs"))
     parser.add_argument("--samples", type=int, default=8)
     options = parser.parse_args()
     os.environ.update(engine_environment("cpu", os.cpu_count() or 1))

@@ -2,7 +2,7 @@
 
     python bench/trl.py [PAIRS] [--steps 3] [--batch 16] [--micro 4] [--max-length 512]
 
-PAIRS is any preference set, ../shared/data/hh-rlhf/harmless-base-a.jsonl.gz by default. Both take `--steps` optimizer
+PAIRS is any preference set, runs/judge-pairs/train.jsonl by default (bench/judge_pairs.py makes it). Both take `--steps` optimizer
 steps of sigmoid DPO (beta 0.1, AdamW, bfloat16 weights) with the reference policy included; the first step of each
 warms up and does not count. The learner runs twice, prefix-shared and padded.
 """
@@ -114,7 +114,7 @@ def theirs(examples: list[PreferenceExample], options: argparse.Namespace) -> li
 def main() -> None:
     """Print seconds a step, pairs a second and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pairs", nargs="?", default="../shared/data/hh-rlhf/harmless-base-a.jsonl.gz")
+    parser.add_argument("pairs", nargs="?", default="runs/judge-pairs/train.jsonl")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro", type=int, default=4)
