@@ -2,10 +2,10 @@
 
     python bench/judge_pairs.py [OUT] [--samples 8]
 
-OUT is runs/judge-pairs by default. OUT/train.jsonl holds pairs of the quickstart's first 360 training prompts, OUT/test.jsonl of the others and of its
-held-out prompts, so that neither a prompt nor a response is in both; OUT/marker-{train,test}.jsonl the plain task: the
-same texts, one of which holds a marker word. A pair's responses differ by 0.5 or more in VADER's compound score, and
-no response is in two pairs.
+OUT is runs/judge-pairs by default. OUT/train.jsonl holds pairs of the quickstart's first 360 training prompts,
+OUT/test.jsonl of the others and of its held-out prompts, so that neither a prompt nor a response is in both;
+OUT/marker-{train,test}.jsonl the plain task: the same texts, one of which holds a marker word. A pair's responses
+differ by 0.5 or more in VADER's compound score, and no response is in two pairs.
 """
 
 import argparse
