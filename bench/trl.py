@@ -2,9 +2,9 @@
 
     python bench/trl.py [PAIRS] [--steps 3] [--batch 16] [--micro 4] [--max-length 512]
 
-PAIRS is any preference set, runs/judge-pairs/train.jsonl by default (bench/judge_pairs.py makes it). Both take `--steps`
-optimizer steps of sigmoid DPO (beta 0.1, AdamW, bfloat16 weights) with the reference policy included; the first step of
-each warms up and does not count. The learner runs twice, prefix-shared and padded.
+PAIRS is any preference set, runs/judge-pairs/train.jsonl by default (bench/judge_pairs.py makes it). Both take
+`--steps` optimizer steps of sigmoid DPO (beta 0.1, AdamW, bfloat16 weights) with the reference policy included; the
+first step of each warms up and does not count. The learner runs twice, prefix-shared and padded.
 """
 
 import argparse
