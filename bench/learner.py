@@ -17,6 +17,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 from rlhf.config.load import read_yaml, validate
+from rlhf.learning.mask_probe import Layout
 from rlhf.learning.rank import RankLearner
 from rlhf.rounds.sealing import read_sealed
 
@@ -41,7 +42,7 @@ def main() -> None:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(repeats + 1):
         for shared in (True, False):
-            learner.setup = replace(learner.setup, prefix_sharing=shared)
+            learner.setup = replace(learner.setup, layout=Layout(prefix_sharing=shared))
             learner._steps.setup = learner.setup
             started = time.perf_counter()
             learner.train(replace(sealed, round=learner.rounds_done + 1))

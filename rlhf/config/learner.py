@@ -84,6 +84,20 @@ class Learner(Section):
         description="Compute each prompt once for both responses; models that cannot take the mask fall back to "
         "padding and say so.",
     )
+    pack_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Pack a rank's pairs end to end into rows of at most this many tokens (shared prefixes counted "
+        "once), one row a forward, in place of micro_batch_size pairs in rows of their own; a longer pair has a row of "
+        "its own. For GPUs, where FlexAttention skips what a packed row masks; on a CPU attention is dense, and a row "
+        "costs its length squared. null does not pack.",
+    )
+    attention: Literal["auto", "sdpa", "flex", "flash"] = Field(
+        "auto",
+        description="auto: on GPUs FlexAttention for rows that need a mask (prefix_sharing, pack_tokens), otherwise "
+        "FlashAttention if it is installed; what does not give SDPA's numbers at start falls back to SDPA. flex and "
+        "flash ask for one by name, on GPUs only.",
+    )
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
     )
@@ -104,6 +118,16 @@ class Learner(Section):
         return self
 
     @model_validator(mode="after")
+    def _attention_fits(self) -> "Learner":
+        if self.attention == "flash" and (self.prefix_sharing or self.pack_tokens is not None):
+            key = "pack_tokens" if self.pack_tokens is not None else "prefix_sharing"
+            raise ValueError(
+                f"learner.attention = flash with learner.{key}: FlashAttention takes no such mask; use auto, flex or "
+                f"sdpa, or turn {key} off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reference_fits(self) -> "Learner":
         policy, needed = self.reference.policy, self.loss.needs_reference
         if policy == "none" and needed:
@@ -115,6 +139,11 @@ class Learner(Section):
             raise ValueError(
                 f"learner.reference.policy = {policy} with learner.loss.type {self.loss.type}, which has no reference: "
                 "use none"
+            )
+        if self.loss.exploration and policy != "round_start":
+            raise ValueError(
+                f"learner.loss.exploration with learner.reference.policy {policy}: its term is over responses that the "
+                "reference wrote, which a round samples from round_start only; use that, or remove the exploration"
             )
         if self.reference.offload and (not needed or (policy == "initial" and self.lora)):
             reason = "the adapters are turned off instead" if needed else f"loss type {self.loss.type} has no reference"

@@ -1,11 +1,12 @@
-"""From pairs to tensors: prefix-shared rows, or two padded rows a pair."""
+"""From pairs to tensors: prefix-shared rows or two padded rows a pair, and either of them packed end to end."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from rlhf.learning.attention import TRUNK
 from rlhf.records import Pair
 
 
@@ -21,8 +22,8 @@ class Batch:
     """int64 [B, L], padded on the right with 0."""
     position_ids: torch.Tensor | None
     """int64 [B, L]; None counts from 0 in every row."""
-    attention_mask: torch.Tensor | None
-    """Additive mask in the model's dtype [B, 1, L, L]; None is plain causal attention."""
+    segments: torch.Tensor | None
+    """int64 [2, B, L], document and branch of each position (`attention.visible`); None is plain causal attention."""
     predict: torch.Tensor
     """int64 [T], positions in the flattened [B * L] whose hidden state predicts a response token."""
     targets: torch.Tensor
@@ -62,86 +63,99 @@ class Batch:
         return self.per_sequence(logprobs).sum(1).view(-1, 2)
 
 
-def build_batch(pairs: Sequence[Pair], *, prefix_sharing: bool, dtype: torch.dtype = torch.float32) -> Batch:
-    """Rows of `pairs` (each with a prompt and two responses of one token or more) on the CPU."""
-    return shared_batch(pairs, dtype) if prefix_sharing else padded_batch(pairs)
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Tokens that see each other: a trunk, and branches after it that do not see one another.
 
-
-def shared_batch(pairs: Sequence[Pair], dtype: torch.dtype = torch.float32) -> Batch:
-    """One row a pair: prompt, chosen, rejected. The rejected part's positions go on from the prompt's end.
-
-    The mask lets no rejected position see a chosen one, so each response sees exactly what it would see alone.
+    A branch's positions go on from the trunk's end. `scored` are the responses: the trunk's last position predicts the
+    first token of each, and a branch holds all but its last token.
     """
-    spans = [(len(p.prompt_ids), len(p.chosen_ids) - 1, len(p.rejected_ids) - 1) for p in pairs]
-    length = max(sum(span) for span in spans)
-    input_ids = torch.zeros(len(pairs), length, dtype=torch.long)
-    position_ids = torch.zeros(len(pairs), length, dtype=torch.long)
-    visible = torch.ones(length, length, dtype=torch.bool).tril().repeat(len(pairs), 1, 1)
-    targets = _Targets()
-    for row, (pair, (prompt, chosen, rejected)) in enumerate(zip(pairs, spans, strict=True)):
-        tokens = pair.prompt_ids + pair.chosen_ids[:-1] + pair.rejected_ids[:-1]
-        positions = [*range(prompt + chosen), *range(prompt, prompt + rejected)]
-        input_ids[row, : len(tokens)] = torch.tensor(tokens)
-        position_ids[row, : len(tokens)] = torch.tensor(positions)
-        # Rows past the end keep themselves in view: a row with nothing in view would be NaN.
-        visible[row, prompt + chosen :, prompt : prompt + chosen] = False
-        start = row * length
-        # The prompt's last position predicts the first token of both responses.
-        last = start + prompt - 1
-        targets.add([last, *range(last + 1, last + 1 + chosen)], pair.chosen_ids)
-        targets.add([last, *range(last + 1 + chosen, last + 1 + chosen + rejected)], pair.rejected_ids)
-    if all(chosen == 0 or rejected == 0 for _, chosen, rejected in spans):
-        # One response is a single token, which is no input: nothing is hidden, and plain causal attention is faster.
-        return targets.batch(input_ids, None, None)
-    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
-    return targets.batch(input_ids, position_ids, mask)
+
+    trunk: Sequence[int]
+    scored: tuple[Sequence[int], ...]
+
+    @property
+    def tokens(self) -> list[int]:
+        """What goes into the model."""
+        return [*self.trunk, *(token for response in self.scored for token in response[:-1])]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Input tokens of the trunk and of each branch."""
+        return [len(self.trunk), *(len(response) - 1 for response in self.scored)]
+
+    @property
+    def positions(self) -> list[int]:
+        """Position of each token."""
+        trunk, *branches = self.lengths
+        return [*range(trunk), *(trunk + place for length in branches for place in range(length))]
+
+    @property
+    def branches(self) -> list[int]:
+        """Branch of each token, `TRUNK` for the trunk."""
+        return [TRUNK + number for number, length in enumerate(self.lengths) for _ in range(length)]
+
+    @property
+    def branched(self) -> bool:
+        """Has it two branches with tokens? Otherwise plain causal attention sees the same."""
+        return sum(length > 0 for length in self.lengths[1:]) > 1
 
 
-def padded_batch(pairs: Sequence[Pair]) -> Batch:
-    """Two ordinary rows a pair, each a prompt and one response, padded on the right."""
-    rows = [(p.prompt_ids, response) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
-    return causal_batch(rows)
+def build_batch(pairs: Sequence[Pair], *, prefix_sharing: bool, packed: bool = False) -> Batch:
+    """Rows of `pairs` (each with a prompt and two responses of one token or more) on the CPU; `packed` in one row."""
+    if prefix_sharing:
+        documents = [Document(p.prompt_ids, (p.chosen_ids, p.rejected_ids)) for p in pairs]
+    else:
+        documents = [Document(p.prompt_ids, (ids,)) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+    return _lay([documents] if packed else [[document] for document in documents])
 
 
-def causal_batch(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Batch:
-    """One row and one sequence for each (context, tokens to score).
-
-    Padding on the right needs no mask: under causal attention no token sees what follows it.
-    """
-    length = max(len(context) + len(tokens) - 1 for context, tokens in rows)
-    input_ids = torch.zeros(len(rows), length, dtype=torch.long)
-    targets = _Targets()
-    for row, (context, tokens) in enumerate(rows):
-        inputs = [*context, *tokens[:-1]]
-        input_ids[row, : len(inputs)] = torch.tensor(inputs)
-        first = row * length + len(context) - 1
-        targets.add(range(first, first + len(tokens)), tokens)
-    return targets.batch(input_ids, None, None)
+def causal_batch(rows: Iterable[tuple[Sequence[int], Sequence[int]]]) -> Batch:
+    """One row and one sequence for each (context, tokens to score)."""
+    return _lay([[Document(context, (tokens,))] for context, tokens in rows])
 
 
-class _Targets:
-    """Collects the predicted tokens, sequence by sequence."""
+def _lay(rows: Sequence[Sequence[Document]]) -> Batch:
+    """Documents end to end in their rows, padded on the right."""
+    length = max(sum(sum(document.lengths) for document in row) for row in rows)
+    shape = (len(rows), length)
+    input_ids, position_ids = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    # Padding is a document of its own: a position with nothing in view would be NaN.
+    segments = torch.zeros(2, *shape, dtype=torch.long)
+    predict: list[int] = []
+    for number, row in enumerate(rows):
+        start = 0
+        for place, document in enumerate(row, start=1):
+            tokens = document.tokens
+            span = slice(start, start + len(tokens))
+            input_ids[number, span] = torch.tensor(tokens)
+            position_ids[number, span] = torch.tensor(document.positions)
+            segments[0, number, span] = place
+            segments[1, number, span] = torch.tensor(document.branches)
+            predict += _predicting(document, number * length + start)
+            start += len(tokens)
+    scored = [response for row in rows for document in row for response in document.scored]
+    # Padding on the right needs no mask: under causal attention no token sees what follows it.
+    masked = any(len(row) > 1 or row[0].branched for row in rows)
+    lengths = torch.tensor([len(response) for response in scored])
+    return Batch(
+        input_ids,
+        position_ids if masked else None,
+        segments if masked else None,
+        predict=torch.tensor(predict),
+        targets=torch.tensor([token for response in scored for token in response]),
+        sequence=torch.repeat_interleave(torch.arange(len(scored)), lengths),
+        offset=torch.cat([torch.arange(len(response)) for response in scored]),
+        sequences=len(scored),
+        longest=int(lengths.max()),
+    )
 
-    def __init__(self) -> None:
-        self.predict: list[int] = []
-        self.tokens: list[int] = []
-        self.lengths: list[int] = []
 
-    def add(self, positions: Sequence[int], tokens: Sequence[int]) -> None:
-        self.predict.extend(positions)
-        self.tokens.extend(tokens)
-        self.lengths.append(len(tokens))
-
-    def batch(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None, mask: torch.Tensor | None) -> Batch:
-        lengths = torch.tensor(self.lengths)
-        return Batch(
-            input_ids,
-            position_ids,
-            mask,
-            predict=torch.tensor(self.predict),
-            targets=torch.tensor(self.tokens),
-            sequence=torch.repeat_interleave(torch.arange(len(self.lengths)), lengths),
-            offset=torch.cat([torch.arange(n) for n in self.lengths]),
-            sequences=len(self.lengths),
-            longest=max(self.lengths),
-        )
+def _predicting(document: Document, start: int) -> Iterable[int]:
+    """Places whose hidden states predict the scored tokens, for a document that starts at `start`."""
+    trunk, *branches = document.lengths
+    branch = start + trunk
+    for length in branches:
+        yield start + trunk - 1
+        yield from range(branch, branch + length)
+        branch += length

@@ -1,20 +1,85 @@
-"""Does the model give the same log-probs on prefix-shared rows as on ordinary ones? Tried once, at start."""
+"""How a model's rows are laid out: what the config asks for, if the model and the attention give the right numbers."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from rlhf.learning.batch import padded_batch, shared_batch
+from rlhf.config.learner import Learner
+from rlhf.errors import InputError
+from rlhf.learning.attention import Attention, block_mask, dense_mask, use
+from rlhf.learning.batch import build_batch
 from rlhf.learning.policy import PolicyModule, in_float32
 from rlhf.records import Pair
 
 TOLERANCE = 1e-3
 """Largest fp32 difference of a log-prob: rounding stays under 1e-4, a mask not honoured moves it far more."""
+FLEX_TOLERANCE = 0.05
+"""Largest difference of an output or gradient, relative to its largest value, in the model's dtype."""
+
+REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, ImportError, NotImplementedError)
+"""What a model or a kernel raises for a mask that it cannot take."""
 
 
-def prefix_sharing_error(module: PolicyModule, max_length: int) -> float:
-    """Largest |log-prob difference|, prefix-shared against padded, over a small made-up pair in fp32.
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How pairs become rows."""
+
+    prefix_sharing: bool = False
+    pack_tokens: int | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Do rows hold more than one sequence, so that they need a mask?"""
+        return self.prefix_sharing or self.pack_tokens is not None
+
+
+def choose_layout(module: PolicyModule, learner: Learner, device: str, path: str) -> tuple[Layout, str | None]:
+    """Set the model's attention, and the layout that it can take; a note where that is not what was asked for.
+
+    `path` is the model's, for messages. Raises `InputError` where an attention asked for by name cannot be had.
+    """
+    layout = Layout(learner.prefix_sharing, learner.pack_tokens)
+    asked = learner.attention
+    use(module.model, "sdpa")
+    if device == "cpu" and asked in ("flex", "flash"):
+        raise InputError(f"learner.attention = {asked}: it runs on GPUs only; use auto or sdpa on a CPU")
+    if not layout.masked:
+        return layout, _plain_attention(module, asked, device)
+    error = layout_error(module, layout, learner.max_length)
+    if error > TOLERANCE:
+        return Layout(), (
+            f"learner.prefix_sharing, learner.pack_tokens: {path} does not honour the mask (log-probs off by "
+            f"{error:.2g}); falling back to padded rows"
+        )
+    if asked == "sdpa" or device == "cpu":
+        return layout, None
+    error = flex_error(module.model.config, device, module.dtype)
+    if error <= FLEX_TOLERANCE:
+        use(module.model, "flex")
+        return layout, None
+    if asked == "flex":
+        raise InputError(f"learner.attention = flex: off by {error:.2g} on this GPU with {path}; use auto or sdpa")
+    return layout, f"learner.attention: FlexAttention is off by {error:.2g} with {path}; using sdpa"
+
+
+def _plain_attention(module: PolicyModule, asked: str, device: str) -> str | None:
+    """Rows of one sequence need no mask: FlashAttention if it is installed and the dtype is one that it takes."""
+    if device == "cpu" or asked == "sdpa" or (asked == "auto" and module.dtype == torch.float32):
+        return None
+    wanted: Attention = "flex" if asked == "flex" else "flash"
+    try:
+        use(module.model, wanted)
+    except REFUSALS as error:
+        use(module.model, "sdpa")
+        if asked != "auto":
+            raise InputError(f"learner.attention = {asked}: {str(error).splitlines()[0]}; use auto or sdpa") from error
+    return None
+
+
+def layout_error(module: PolicyModule, layout: Layout, max_length: int) -> float:
+    """Largest |log-prob difference| between the layout and ordinary rows, over two small made-up pairs in fp32.
 
     A model that attends through a sliding window would lose the window under an own mask, so where the window is
     shorter than `max_length` the pair is made long enough to notice. A model that cannot take the mask at all
@@ -23,17 +88,55 @@ def prefix_sharing_error(module: PolicyModule, max_length: int) -> float:
     vocab = module.model.config.vocab_size
     window = min(_windows(module.model.config), default=max_length)
     prompt = window if window < max_length else 8
-    tokens = torch.randint(vocab, (prompt + 13,), generator=torch.Generator().manual_seed(0)).tolist()
-    pair = _pair(tokens[:prompt], tokens[prompt : prompt + 7], tokens[prompt + 7 :])
+    tokens = torch.randint(vocab, (prompt + 26,), generator=torch.Generator().manual_seed(0)).tolist()
+    pairs = [
+        _pair(tokens[:prompt], tokens[prompt : prompt + 7], tokens[prompt + 7 : prompt + 13]),
+        _pair(tokens[-13:-8], tokens[-8:-3], tokens[-3:]),
+    ]
+    packed = layout.pack_tokens is not None
     device = next(module.parameters()).device
     with torch.no_grad(), in_float32(module):
-        expected = module(padded_batch([pair]).to(device))
+        expected = module(build_batch(pairs, prefix_sharing=False).to(device))
         try:
-            shared = module(shared_batch([pair]).to(device))
-        except (RuntimeError, TypeError, ValueError, IndexError):
+            found = module(build_batch(pairs, prefix_sharing=layout.prefix_sharing, packed=packed).to(device))
+        except REFUSALS:
             return float("inf")
-    error = (shared - expected).abs().max().item()
+    error = (found - expected).abs().max().item()
     return error if error == error else float("inf")
+
+
+def flex_error(config: Any, device: str, dtype: torch.dtype) -> float:
+    """Largest relative difference of FlexAttention's output and gradients from SDPA's, on heads of the model's shape.
+
+    The kernels are compiled for the device here, forward and backward; infinite where that fails.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    pair = [_pair(list(range(90)), list(range(70)), list(range(50)))]
+    segments = build_batch(pair, prefix_sharing=True, packed=True).segments
+    assert segments is not None, "two branches need a mask"
+    segments = segments.to(device)
+    shapes = [(1, count, segments.shape[2], width) for count in (heads, text.num_key_value_heads or heads)]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(shapes[index], generator=generator) for index in (0, 1, 1))
+    results = []
+    for name, mask in (("sdpa", dense_mask(segments, dtype)), ("flex_attention", None)):
+        inputs = [part.to(device, dtype).requires_grad_() for part in (query, key, value)]
+        owner = torch.nn.Module()
+        owner.num_key_value_groups = heads // (text.num_key_value_heads or heads)
+        try:
+            output, _ = ALL_ATTENTION_FUNCTIONS[name](
+                owner, *inputs, block_mask(segments) if mask is None else mask, scaling=width**-0.5
+            )
+            output.float().square().sum().backward()
+        except REFUSALS:
+            return float("inf")
+        results.append([output.detach(), *(part.grad for part in inputs)])
+    errors = [((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*results, strict=True)]
+    return max(error if error == error else float("inf") for error in errors)
 
 
 def _windows(config: Any) -> Iterable[int]:

@@ -36,6 +36,28 @@ def step_batches(count: int, batch_size: int, epochs: int, seed: int | None, rou
             yield order[start : start + batch_size]
 
 
+def plan_packed(lengths: Sequence[int], world_size: int, rank: int, budget: int) -> list[list[int]]:
+    """This rank's micro-batches of at most `budget` tokens each, as indices into `lengths` (tokens of each pair).
+
+    Pairs go longest first to the rank with the fewest tokens, and there into the first micro-batch with room
+    (first-fit decreasing); one that is longer than the budget has a micro-batch of its own. Every rank gets as many
+    micro-batches as the one with the most; see `plan_micro_batches` for empty ones.
+    """
+    shares: list[list[list[int]]] = [[] for _ in range(world_size)]
+    tokens = [0] * world_size
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        target = min(range(world_size), key=lambda r: (tokens[r], r))
+        tokens[target] += lengths[index]
+        for micro in shares[target]:
+            if sum(lengths[i] for i in micro) + lengths[index] <= budget:
+                micro.append(index)
+                break
+        else:
+            shares[target].append([index])
+    count = max(len(share) for share in shares)
+    return shares[rank] + [[] for _ in range(count - len(shares[rank]))]
+
+
 def plan_micro_batches(lengths: Sequence[int], world_size: int, rank: int, micro_batch_size: int) -> list[list[int]]:
     """This rank's micro-batches of a step, as indices into `lengths` (tokens of each pair).
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from rlhf.config.data import Policy
 from rlhf.errors import InputError
+from rlhf.learning.attention import mask_for
 from rlhf.learning.batch import Batch
 from rlhf.learning.logprobs import CHUNK, token_logprobs, token_logprobs_and_squares
 
@@ -67,7 +68,7 @@ class PolicyModule(nn.Module):
         """Log-prob of each of the batch's targets, float32 [T]."""
         hidden = self.model.base_model(
             input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
+            attention_mask=mask_for(self.model.config._attn_implementation, batch.segments, self.dtype),
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state

@@ -18,7 +18,7 @@ from rlhf.learning.engine import TrainEngine, join
 from rlhf.learning.flops import FlopCount, peak_flops
 from rlhf.learning.job import LearnerJob
 from rlhf.learning.lora import LowRank
-from rlhf.learning.mask_probe import TOLERANCE, prefix_sharing_error
+from rlhf.learning.mask_probe import choose_layout
 from rlhf.learning.measure import measure
 from rlhf.learning.parametrisation import Full
 from rlhf.learning.plan import drop_long, step_batches
@@ -79,7 +79,9 @@ class RankLearner:
         if learner.zero_stage < 3:
             module.to(self._device)
         dtype = module.dtype
-        self.setup = Setup(learner, self._rank, self._world_size, self._device, dtype, self._prefix_sharing(module))
+        layout, note = choose_layout(module, learner, self._device, self._config.policy.path)
+        self._say(note)
+        self.setup = Setup(learner, self._rank, self._world_size, self._device, dtype, layout)
         copied = InitialReference(module, self.setup) if needs_copy(learner) else None
         trainable = list(self._parametrisation.trainable(module))
         self._engine = TrainEngine(module, trainable, learner, dtype, self._device)
@@ -206,19 +208,10 @@ class RankLearner:
         """The rank that saves this rank's state of the reference: ZeRO-3 splits it, otherwise all have the same."""
         return self._rank if self.setup.learner.zero_stage == 3 else 0
 
-    def _prefix_sharing(self, module: PolicyModule) -> bool:
-        learner = self._config.learner
-        if not learner.prefix_sharing:
-            return False
-        error = prefix_sharing_error(module, learner.max_length)
-        if error > TOLERANCE and self._rank == 0:
-            message = (
-                f"learner.prefix_sharing: {self._config.policy.path} does not honour the mask (log-probs off by "
-                f"{error:.2g}); falling back to padded rows"
-            )
-            self.notes.append(message)
-            warnings.warn(message, stacklevel=2)
-        return error <= TOLERANCE
+    def _say(self, note: str | None) -> None:
+        if note and self._rank == 0:
+            self.notes.append(note)
+            warnings.warn(note, stacklevel=2)
 
     def _train(
         self,
@@ -229,6 +222,7 @@ class RankLearner:
     ) -> Iterator[StepReport]:
         learner, rounds, round = self.setup.learner, self._config.rounds.count, sealed.round
         seed = None if sealed.ordered else self._config.seed
+        reference_version = round - 1 if learner.reference.policy == "round_start" else None
         batches = list(step_batches(len(pairs), learner.batch_size, learner.epochs, seed, round))
         for number, indices in enumerate(batches):
             fraction = fraction_done(round, number, len(batches), rounds)
@@ -236,7 +230,9 @@ class RankLearner:
             first = mismatch if number == 0 and not (learner.lora and learner.lora.dropout) else None
             grouping = Grouping(sealed.group, learner.loss.averages(fraction))
             lr = learning_rate(learner.optimizer, fraction)
-            metrics = self._steps.step([pairs[i] for i in indices], reference[indices], lr, first, grouping)
+            metrics = self._steps.step(
+                [pairs[i] for i in indices], reference[indices], lr, first, grouping, reference_version
+            )
             if not metrics["train/skipped"]:
                 self.reference.stepped()
             self._step += 1

@@ -11,9 +11,8 @@ from torch import nn
 
 from rlhf.config.learner import Learner
 from rlhf.errors import RLHFError
-from rlhf.learning.batch import Batch, build_batch
+from rlhf.learning.batch import Batch
 from rlhf.learning.engine import TrainEngine, frozen_engine
-from rlhf.learning.plan import plan_micro_batches
 from rlhf.learning.policy import PolicyModule
 from rlhf.learning.setup import Setup
 from rlhf.records import Pair
@@ -194,11 +193,9 @@ def score_pairs(
     `tail` is the weight of tokens past the pair's shorter response, see `Batch.sums`.
     """
     scores = torch.zeros(len(pairs), 2, device=setup.device)
-    for micro in plan_micro_batches(
-        [setup.cost(pair) for pair in pairs], setup.world_size, setup.rank, setup.learner.micro_batch_size
-    ):
+    for micro in setup.micro_batches([setup.cost(pair) for pair in pairs]):
         chosen = [pairs[index] for index in micro] or [setup.filler(pairs)]
-        batch = build_batch(chosen, prefix_sharing=setup.prefix_sharing, dtype=setup.dtype).to(setup.device)
+        batch = setup.batch(chosen)
         sums = batch.sums(forward(batch), tail)
         if micro:
             scores[micro] = sums

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from rlhf.config.learner import Learner
+from rlhf.learning.batch import Batch, build_batch
+from rlhf.learning.mask_probe import Layout
+from rlhf.learning.plan import plan_micro_batches, plan_packed
 from rlhf.records import Pair
 
 
@@ -18,12 +21,23 @@ class Setup:
     world_size: int
     device: str
     dtype: torch.dtype
-    prefix_sharing: bool
+    layout: Layout
 
     def cost(self, pair: Pair) -> int:
         """Tokens that a pair puts through the model in this layout."""
-        prompts = 1 if self.prefix_sharing else 2
+        prompts = 1 if self.layout.prefix_sharing else 2
         return prompts * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+    def micro_batches(self, costs: Sequence[int], size: int = 1) -> list[list[int]]:
+        """This rank's micro-batches, as indices into `costs`, the tokens of units of `size` pairs."""
+        if self.layout.pack_tokens is not None:
+            return plan_packed(costs, self.world_size, self.rank, self.layout.pack_tokens)
+        return plan_micro_batches(costs, self.world_size, self.rank, self.learner.micro_batch_size // size)
+
+    def batch(self, pairs: Sequence[Pair]) -> Batch:
+        """`pairs` laid out on this rank's device."""
+        packed = self.layout.pack_tokens is not None
+        return build_batch(pairs, prefix_sharing=self.layout.prefix_sharing, packed=packed).to(self.device)
 
     def filler(self, pairs: Sequence[Pair]) -> Pair:
         """The cheapest pair, for a rank that has to run a micro-batch without having one."""

@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 
 from rlhf.errors import RLHFError
-from rlhf.learning.batch import Batch, build_batch
+from rlhf.learning.batch import Batch
 from rlhf.learning.engine import TrainEngine
 from rlhf.learning.losses import PreferenceLoss, RewardShift, StepLoss
 from rlhf.learning.losses.weighting import wpo_weights
-from rlhf.learning.plan import plan_micro_batches
 from rlhf.learning.policy import ResponseHead
 from rlhf.learning.reference import score_pairs
 from rlhf.learning.setup import Setup
@@ -73,9 +72,9 @@ class Grouping:
     average: bool = False
 
     def plan(self, costs: Sequence[int], setup: Setup) -> list[list[int]]:
-        """This rank's micro-batches of pairs that cost `costs`, groups kept whole; see `plan_micro_batches`."""
+        """This rank's micro-batches of pairs that cost `costs`, groups kept whole; see `Setup.micro_batches`."""
         units = [sum(costs[start : start + self.size]) for start in range(0, len(costs), self.size)]
-        micros = plan_micro_batches(units, setup.world_size, setup.rank, setup.learner.micro_batch_size // self.size)
+        micros = setup.micro_batches(units, self.size)
         return [[unit * self.size + place for unit in micro for place in range(self.size)] for micro in micros]
 
     def reduce(self, values: torch.Tensor) -> torch.Tensor:
@@ -105,19 +104,20 @@ class StepRunner:
         lr: float,
         mismatch: Mismatch | None = None,
         grouping: Grouping = Grouping(),
+        reference_version: int | None = None,
     ) -> dict[str, float]:
         """One step on `pairs` with their reference log-probs [n, 2]; every rank calls with the same arguments.
 
-        The loss is the mean over these n pairs, however few. Returns the step's metrics, equal on every rank. When
+        The loss is the mean over these n pairs, however few. `reference_version` is the reference's, if it has one. Returns the step's metrics, equal on every rank. When
         the loss or the gradient is not finite no step is taken: `train/skipped` is 1, what is not finite is left out.
         """
         setup, beta = self.setup, self.beta.beta()
         micros = grouping.plan([setup.cost(pair) for pair in pairs], setup)
-        whole = self._step_loss(pairs, reference, len(micros))
+        whole = self._step_loss(pairs, reference, len(micros), reference_version)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=setup.device)
         for number, micro in enumerate(micros):
             chosen = [pairs[index] for index in micro] or [setup.filler(pairs)]
-            batch = build_batch(chosen, prefix_sharing=setup.prefix_sharing, dtype=setup.dtype).to(setup.device)
+            batch = setup.batch(chosen)
             self.engine.boundary(number == len(micros) - 1)
             logprobs = self.engine(batch)
             if micro:
@@ -144,11 +144,13 @@ class StepRunner:
                 "to an older checkpoint"
             )
 
-    def _step_loss(self, pairs: Sequence[Pair], reference: torch.Tensor, micros: int) -> StepLoss:
+    def _step_loss(
+        self, pairs: Sequence[Pair], reference: torch.Tensor, micros: int, reference_version: int | None
+    ) -> StepLoss:
         """The loss over the whole step. One that sorts the step's pairs gets them scored first, unless this rank sees
         them all at once."""
         setup = self.setup
-        loss = StepLoss.of(setup.learner.loss, pairs, setup.device, self.shift.value)
+        loss = StepLoss.of(setup.learner.loss, pairs, setup.device, self.shift.value, reference_version)
         if loss.matches and (micros > 1 or setup.world_size > 1):
             with self.engine.evaluating():
                 loss.match(score_pairs(self.engine, pairs, setup, setup.learner.loss.ld_alpha), reference)

@@ -29,12 +29,15 @@ CASES = {
         "zero3": {"zero_stage": 3},
         "accumulated": {"micro_batch_size": 1},
         "padded": {"prefix_sharing": False},
+        "packed": {"pack_tokens": 60},
+        "packed-padded": {"pack_tokens": 60, "prefix_sharing": False},
         "recomputed": {"activation_checkpointing": True},
         # Micro-batches of one pair: this is where accumulation in bf16 differs between the stages' code paths.
         **{f"bf16-{stage}": {"zero_stage": stage, "dtype": "bfloat16", "micro_batch_size": 1} for stage in (1, 2, 3)},
     },
     2: {
         **{f"zero{stage}x2": {"zero_stage": stage} for stage in range(4)},
+        "packed-x2": {"pack_tokens": 60},
         "bf16-1x2": {"zero_stage": 1, "dtype": "bfloat16", "micro_batch_size": 1},
     },
 }

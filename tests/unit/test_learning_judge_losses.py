@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.learning.batch import shared_batch
+from rlhf.learning.batch import build_batch
 from rlhf.learning.losses import REFERENCE_FREE, preference_loss
 from rlhf.learning.policy import PolicyModule
 from rlhf.records import Pair
@@ -38,7 +38,7 @@ def logits(model):
 
 
 def losses(model, name, beta=1.0):
-    batch = shared_batch(rows())
+    batch = build_batch(rows(), prefix_sharing=True)
     sums = batch.sums(PolicyModule(model)(batch))
     zeros = torch.zeros(3)
     return preference_loss(name, sums[:, 0], sums[:, 1], zeros, zeros, beta=beta)
@@ -70,8 +70,8 @@ def test_choice_takes_beta(model):
 
 
 def test_single_token_answers_need_no_mask():
-    batch = shared_batch(rows())
-    assert batch.attention_mask is None
+    batch = build_batch(rows(), prefix_sharing=True)
+    assert batch.segments is None
     assert batch.input_ids.shape == (3, 6)
     assert batch.predict.tolist() == [3, 3, 7, 7, 17, 17]
     assert batch.targets.tolist() == [A, B, B, A, A, B]
@@ -79,7 +79,7 @@ def test_single_token_answers_need_no_mask():
 
 def test_a_mask_stays_where_one_pair_needs_it():
     longer = Pair("3", 1, (1, 2), (A, B), (B, A), "", "", "", 1.0, 0, 0)
-    assert shared_batch([*rows(), longer]).attention_mask is not None
+    assert build_batch([*rows(), longer], prefix_sharing=True).segments is not None
 
 
 def test_both_are_known_to_need_no_reference():

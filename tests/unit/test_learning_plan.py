@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rlhf.config.learner import Loss, Optimizer
 from rlhf.errors import InputError
 from rlhf.learning.beta import build_beta
-from rlhf.learning.plan import drop_long, plan_micro_batches, step_batches
+from rlhf.learning.plan import drop_long, plan_micro_batches, plan_packed, step_batches
 from rlhf.learning.rng import restore_rng, rng_state, seed_all
 from rlhf.learning.schedule import fraction_done, learning_rate
 from rlhf.records import Pair
@@ -44,6 +44,24 @@ def test_ranks_are_balanced(tokens, world_size):
     # Greedy with room: no rank is ahead by more than what two of the longest pairs make.
     assert max(loads) - min(loads) <= 2 * max(tokens)
     assert max(len(share) for share in shares) <= math.ceil(len(tokens) / world_size)
+
+
+@given(lengths, st.integers(1, 5), st.integers(1, 900))
+def test_packed_every_pair_once_within_the_budget(tokens, world_size, budget):
+    plans = [plan_packed(tokens, world_size, rank, budget) for rank in range(world_size)]
+    assert sorted(i for plan in plans for batch in plan for i in batch) == list(range(len(tokens)))
+    assert len({len(plan) for plan in plans}) == 1
+    for plan in plans:
+        filled = [batch for batch in plan if batch]
+        assert all(len(batch) == 1 or sum(tokens[i] for i in batch) <= budget for batch in filled)
+        # First fit: no two rows of a rank could be one, so at most one of them is half empty.
+        assert sum(2 * sum(tokens[i] for i in batch) <= budget for batch in filled) <= 1
+    loads = [sum(tokens[i] for batch in plan for i in batch) for plan in plans]
+    assert max(loads) - min(loads) <= max(tokens)
+
+
+def test_packed_nothing():
+    assert plan_packed([], 2, 0, 10) == []
 
 
 def test_balance_beats_dealing_in_order():

@@ -1,26 +1,32 @@
 """Log-probs, layouts, mask probe, export and FLOPs on a tiny random Llama: tied embeddings, grouped queries."""
 
 import copy
+import itertools
 import random
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from rlhf.config.data import Policy
+from rlhf.config.learner import Learner
 from rlhf.errors import InputError
+from rlhf.learning.attention import mask_for, use, visible
 from rlhf.learning.batch import build_batch, causal_batch
 from rlhf.learning.flops import FlopCount, peak_flops
 from rlhf.learning.logprobs import token_logprobs
-from rlhf.learning.mask_probe import TOLERANCE, prefix_sharing_error
+from rlhf.learning.mask_probe import FLEX_TOLERANCE, TOLERANCE, Layout, choose_layout, flex_error, layout_error
 from rlhf.learning.parametrisation import Full
 from rlhf.learning.policy import PolicyModule, ResponseHead, in_float32, load_model
 from rlhf.records import Pair
 
 VOCAB = 97
+SHARED, PACKED = Layout(prefix_sharing=True), Layout(pack_tokens=64)
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -74,8 +80,8 @@ def test_layouts_equal_plain_transformers(plain, module, sizes, seed):
     responses = [(p.prompt_ids, r) for p in batch_pairs for r in (p.chosen_ids, p.rejected_ids)]
     with torch.no_grad():
         expected = torch.cat([plain_logprobs(plain, *item) for item in responses]).float()
-        for sharing in (True, False):
-            batch = build_batch(batch_pairs, prefix_sharing=sharing)
+        for sharing, packed in itertools.product((True, False), repeat=2):
+            batch = build_batch(batch_pairs, prefix_sharing=sharing, packed=packed)
             found = module(batch)
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
             sums = torch.stack([part.sum() for part in expected.split([len(r) for _, r in responses])])
@@ -96,9 +102,54 @@ def test_shared_row_layout():
     assert batch.input_ids.shape == (1, 6)  # 3 + (3 - 1) + (2 - 1): a last token predicts nothing
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3]]
     assert batch.predict.tolist() == [2, 3, 4, 2, 5]
-    visible = (batch.attention_mask[0, 0] == 0).int().tolist()
-    assert visible[4] == [1, 1, 1, 1, 1, 0]
-    assert visible[5] == [1, 1, 1, 0, 0, 1]
+    seen = visible(batch.segments)[0].int().tolist()
+    assert seen[4] == [1, 1, 1, 1, 1, 0]
+    assert seen[5] == [1, 1, 1, 0, 0, 1]
+
+
+def test_packed_rows_hold_documents_that_do_not_see_each_other():
+    batch = build_batch(pairs([(2, 2, 2), (1, 1, 3)]), prefix_sharing=True, packed=True)
+    assert batch.input_ids.shape == (1, 7)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 0, 1, 2]]
+    assert batch.predict.tolist() == [1, 2, 1, 3, 4, 4, 5, 6]
+    assert visible(batch.segments)[0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1, 1],
+    ]
+
+
+@pytest.fixture
+def eager_flex(monkeypatch):
+    """FlexAttention without its compiler, whose CPU kernels have no backward pass: mask and wiring are tested."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+def test_flex_attention_equals_sdpa(sharing, eager_flex):
+    batch_pairs = pairs([(9, 8, 7), (30, 3, 60), (5, 80, 70)])
+    batch = build_batch(batch_pairs, prefix_sharing=sharing, packed=True)
+    found = {}
+    for name in ("sdpa", "flex"):
+        module = PolicyModule(tiny())
+        use(module.model, name)
+        logprobs = module(batch)
+        logprobs.sum().backward()
+        found[name] = [logprobs.detach(), *(p.grad for p in module.parameters())]
+    assert isinstance(mask_for("flex_attention", batch.segments, torch.float32), BlockMask)
+    for ours, expected in zip(found["flex"], found["sdpa"], strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_flex_kernels_are_compared_with_sdpa(eager_flex):
+    assert flex_error(tiny().config, "cpu", torch.float32) < 1e-5
+    assert 1e-6 < flex_error(tiny().config, "cpu", torch.bfloat16) < FLEX_TOLERANCE
 
 
 def test_head_sees_only_predicting_positions(module):
@@ -151,10 +202,11 @@ def test_extreme_logits_stay_finite():
 
 
 def test_probe_accepts_llama_and_is_quiet_about_dtype(module):
-    assert prefix_sharing_error(module, 64) < TOLERANCE / 10
+    for layout in (SHARED, PACKED, Layout(prefix_sharing=True, pack_tokens=64)):
+        assert layout_error(module, layout, 64) < TOLERANCE / 10
     half = PolicyModule(tiny().bfloat16())
     before = {name: value.clone() for name, value in half.named_parameters()}
-    assert prefix_sharing_error(half, 64) < TOLERANCE / 10
+    assert layout_error(half, SHARED, 64) < TOLERANCE / 10
     for name, value in half.named_parameters():
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, before[name])
@@ -162,8 +214,31 @@ def test_probe_accepts_llama_and_is_quiet_about_dtype(module):
 
 def test_probe_notices_a_sliding_window_that_matters():
     sliding = PolicyModule(tiny(MistralForCausalLM, MistralConfig, sliding_window=16))
-    assert prefix_sharing_error(sliding, 16) < TOLERANCE
-    assert prefix_sharing_error(sliding, 64) > 10 * TOLERANCE
+    assert layout_error(sliding, SHARED, 16) < TOLERANCE
+    assert layout_error(sliding, SHARED, 64) > 10 * TOLERANCE
+    layout, note = choose_layout(sliding, Learner(max_length=64, pack_tokens=99), "cpu", "a-model")
+    assert layout == Layout(prefix_sharing=False, pack_tokens=None)
+    assert re.search(r"a-model does not honour the mask .* falling back to padded rows", note)
+
+
+def test_layout_is_what_was_asked_for_where_the_model_can(module):
+    learner = Learner(pack_tokens=99, prefix_sharing=False)
+    assert choose_layout(module, learner, "cpu", "m") == (Layout(prefix_sharing=False, pack_tokens=99), None)
+    plain = Learner(prefix_sharing=False)
+    assert choose_layout(module, plain, "cpu", "m") == (Layout(), None)
+
+
+@pytest.mark.parametrize("name", ["flex", "flash"])
+def test_attention_of_gpus_is_refused_on_a_cpu(module, name):
+    learner = Learner(attention=name, prefix_sharing=False)
+    with pytest.raises(InputError, match=rf"learner\.attention = {name}: it runs on GPUs only"):
+        choose_layout(module, learner, "cpu", "m")
+
+
+@pytest.mark.parametrize("keys", [{}, {"prefix_sharing": False, "pack_tokens": 512}])
+def test_flash_attention_takes_no_mask(keys):
+    with pytest.raises(ValueError, match=r"FlashAttention takes no such mask"):
+        Learner(attention="flash", **keys)
 
 
 def test_in_float32_keeps_ties():
