@@ -1,0 +1,234 @@
+"""Timed waits in place of generation, judging and learning; everything else of a run is the real thing.
+
+The stand-ins are Ray actors behind the real fleet, judge pool, weight plane and learner group, so that what is left of
+a round, once the waits are taken off, is the loop's own cost: planning, dispatch, pairing, ledger, sealing, sync calls.
+Several simulated generators share an actor: a call to one sleeps and answers, whoever else is asleep in it.
+"""
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from actors.fleet import CHUNK, GeneratorFleet
+from actors.judge import JudgePool
+from actors.learner import LearnerGroup
+from actors.weights.plane import ObjectStorePlane
+from rlhf.config import RunConfig
+from rlhf.data.prompts import PromptOrder
+from rlhf.judging.verdicts import make_verdict
+from rlhf.monitor.console import ConsoleSink
+from rlhf.monitor.group import MonitorGroup
+from rlhf.monitor.jsonl import JsonlSink
+from rlhf.records import (
+    Comparison,
+    Message,
+    Prompt,
+    Rollout,
+    SampleRequest,
+    SealedRound,
+    StepReport,
+    Verdict,
+    VersionSpan,
+    WeightManifest,
+)
+from rlhf.rounds.checkpoints import CheckpointStore
+from rlhf.rounds.controller import System
+from rlhf.rounds.ledger import Ledger
+from rlhf.rounds.online import OnlineSource
+
+MAX_ACTORS = 16
+SEQUENCES = 8
+"""Responses that a simulated generator works on at once: two chunks of prompts with two responses each."""
+
+STEPS = 4
+TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Waits:
+    """Seconds of a round: all its responses, one batch of comparisons, all its optimizer steps."""
+
+    generate: float = 0.0
+    judge: float = 0.0
+    learn: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How large a round is."""
+
+    generators: int = 4
+    prompts: int = 64
+    samples: int = 2
+    rounds: int = 4
+    lookahead: int = 0
+
+    @property
+    def waves(self) -> int:
+        """How often a simulated generator's stream takes a chunk, if all are equally fast."""
+        streams = math.ceil(SEQUENCES / (CHUNK * self.samples)) + 1
+        return math.ceil(self.prompts / CHUNK / (self.generators * streams))
+
+
+def make_response(request: SampleRequest, k: int, version: int) -> Rollout:
+    """A response whose tokens come from its seed."""
+    seed = request.seeds[k]
+    ids = tuple((seed >> shift) % 40_000 for shift in range(TOKENS))
+    spans = (VersionSpan(version, 0, TOKENS),)
+    return Rollout(request.prompt.uid, k, ids, (-0.5,) * TOKENS, f"{seed:020d} and some words", "stop", spans)
+
+
+def make_verdicts(comparisons: Sequence[Comparison]) -> list[Verdict]:
+    """The larger text wins."""
+    return [make_verdict(item, p, p) for item in comparisons for p in [0.9 if item.a > item.b else 0.1]]
+
+
+def make_prompts(count: int) -> list[Prompt]:
+    """Prompts of eight tokens."""
+    return [
+        Prompt(f"{n:016x}", (Message(role="user", content=f"Question {n}"),), f"Question {n}", tuple(range(n, n + 8)))
+        for n in range(count)
+    ]
+
+
+class TimedGenerator:
+    """Simulated generators: each call is another one's."""
+
+    def __init__(self) -> None:
+        self._version = 0
+
+    async def sample(self, requests: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Any]:
+        """Sleep for the chunk's share of the round, then give every response."""
+        await asyncio.sleep(sampling["chunk_s"])
+        for request in requests:
+            for k in range(len(request.seeds)):
+                yield make_response(request, k, self._version)
+
+    async def update(self, manifest: WeightManifest, verify: bool, tolerance: float) -> float:
+        """Take a version that has no bytes."""
+        self._version = manifest.version
+        return 0.0
+
+    async def version(self) -> int:
+        """The newest version."""
+        return self._version
+
+
+class TimedJudge:
+    """Sleeps for each batch."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    async def compare(self, comparisons: list[Comparison]) -> list[Verdict]:
+        """One verdict a comparison."""
+        await asyncio.sleep(self._seconds)
+        return make_verdicts(comparisons)
+
+
+class TimedLearner:
+    """Sleeps for each step and remembers when it was at work. Calls run one after the other, as a learner's do."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._spans: list[tuple[float, float]] = []
+        self._step = 0
+
+    def train(self, sealed: SealedRound) -> Iterator[StepReport]:
+        """Equal steps over the round's pairs."""
+        started = time.monotonic()
+        for number in range(STEPS):
+            self._step += 1
+            # Until a set moment: what a sleep and a report take over their time must not add up.
+            time.sleep(max(0.0, started + self._seconds * (number + 1) / STEPS - time.monotonic()))
+            yield StepReport(sealed.round, self._step, {"train/pairs": len(sealed.pairs) / STEPS, "train/loss": 0.5})
+        self._spans.append((started, time.monotonic()))
+
+    def spans(self) -> list[tuple[float, float]]:
+        """Start and end of each round's training, on the machine's monotonic clock."""
+        return self._spans
+
+    def statistics(self) -> dict[str, float]:
+        """What the loop logs of a round."""
+        return {"timing_s/learn": self._seconds, "train/skipped": 0.0}
+
+    def save(self, path: Path) -> None:
+        """A checkpoint of a few bytes."""
+        (path / "step").write_text(str(self._step))
+
+    def manifest(self, version: int, probes: Sequence[tuple[int, ...]]) -> WeightManifest:
+        """A version without tensors."""
+        return WeightManifest(version, (), ())
+
+
+class ClockedGroup(LearnerGroup):
+    """Remembers when the loop called for each training; the actor says when it began."""
+
+    def __init__(self, handle: Any, config: RunConfig) -> None:
+        super().__init__([handle], config.cluster.deadlines, ())
+        self.handle = handle
+        self.called: list[float] = []
+
+    async def train(self, sealed: SealedRound) -> AsyncIterator[StepReport]:
+        """As the real group does."""
+        self.called.append(time.monotonic())
+        async for report in super().train(sealed):
+            yield report
+
+
+class StandIns:
+    """The started actors; `system` puts the real parts of a run around them."""
+
+    def __init__(self, actors: int = MAX_ACTORS - 2, judges: int = 1) -> None:
+        generator = ray.remote(TimedGenerator)
+        self._generators = [generator.options(max_concurrency=10_000, num_cpus=0).remote() for _ in range(actors)]
+        self._judges = judges
+
+    def system(self, shape: Shape, waits: Waits, run_dir: Path) -> tuple[System, RunConfig, ClockedGroup]:
+        """A new run of `shape`: the parts, the config, and the learner."""
+        config = run_config(shape)
+        judge = ray.remote(TimedJudge).options(max_concurrency=10_000, num_cpus=0)
+        learner = ray.remote(TimedLearner).options(num_cpus=0).remote(waits.learn)
+        pool = JudgePool([judge.remote(waits.judge) for _ in range(self._judges)], config.judge.batch_size, 600.0)
+        handles = {f"generator-{n}": self._generators[n % len(self._generators)] for n in range(shape.generators)}
+        fleet = GeneratorFleet(handles, {"chunk_s": waits.generate / shape.waves}, SEQUENCES, _never)
+        plane = ObjectStorePlane(fleet, verify=True, tolerance=1.0, deadline=600.0)
+        group = ClockedGroup(learner, config)
+        return assemble(config, shape, run_dir, (fleet, pool, group, plane, fleet)), config, group
+
+
+def run_config(shape: Shape) -> RunConfig:
+    """The config of a run of this shape."""
+    sections: dict[str, Any] = {
+        "name": "overlap",
+        "policy": {"path": "none"},
+        "prompts": {"path": "none"},
+        "rounds": {"count": shape.rounds, "prompts": shape.prompts, "lookahead": shape.lookahead},
+        "generator": {"samples": shape.samples, "replicas": shape.generators},
+    }
+    return RunConfig.model_validate(sections)
+
+
+def assemble(config: RunConfig, shape: Shape, run_dir: Path, ports: tuple[Any, Any, Any, Any, Any]) -> System:
+    """The real source, ledger, checkpoints and monitor around (generators, judge, learner, plane, fleet)."""
+    generators, judge, learner, plane, fleet = ports
+    run_dir.mkdir(parents=True)
+    # A whole epoch is never over: each round draws prompts that were not drawn before.
+    order = PromptOrder(make_prompts(shape.prompts * shape.rounds), config.seed)
+    ledger = Ledger(run_dir)
+    console = ConsoleSink(Console(file=(run_dir / "console.txt").open("w")), shape.rounds)
+    monitor = MonitorGroup(JsonlSink(run_dir), console)
+    source = OnlineSource(config, order, generators, judge, ledger, monitor)
+    store = CheckpointStore(run_dir, config.checkpoint.keep)
+    return System(source, learner, plane, fleet, ledger, store, None, monitor)
+
+
+async def _never(name: str) -> Mapping[str, Any]:
+    raise AssertionError(f"{name} has no reason to be replaced")

@@ -1,0 +1,54 @@
+"""Seconds of single calls inside code that runs unchanged: functions are wrapped where they are looked up."""
+
+import functools
+import inspect
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+
+class Stopwatch:
+    """Lists of seconds by label, one entry a call; a coroutine counts until it has ended, an iterator until it is
+    empty, without what its consumer does in between."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def wrap(self, owner: Any, name: str, label: str) -> None:
+        """Time every call of `owner.name` from now on; raises `AttributeError` if there is none."""
+        setattr(owner, name, self.timed(getattr(owner, name), label))
+
+    def timed(self, function: Callable[..., Any], label: str) -> Callable[..., Any]:
+        """The function with its calls timed under `label`."""
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments, **named)
+            if inspect.iscoroutine(result):
+                return self._awaited(result, label, started)
+            if inspect.isgenerator(result):
+                return self._iterated(result, label)
+            self.seconds[label].append(time.perf_counter() - started)
+            return result
+
+        return call
+
+    async def _awaited(self, coroutine: Any, label: str, started: float) -> Any:
+        try:
+            return await coroutine
+        finally:
+            self.seconds[label].append(time.perf_counter() - started)
+
+    def _iterated(self, items: Iterator[Any], label: str) -> Iterator[Any]:
+        total = 0.0
+        while True:
+            started = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                self.seconds[label].append(total + time.perf_counter() - started)
+                return
+            total += time.perf_counter() - started
+            yield item
