@@ -115,6 +115,16 @@ class LossTerm(LossOptions):
     weight: float = Field(1.0, gt=0, description="Its weight.")
 
 
+class Exploration(Section):
+    """An optimism term beside the preference loss, over responses that the reference policy wrote."""
+
+    type: Literal["selm", "xpo"] = Field(
+        description="selm adds alpha beta log (pi / pi_ref)(y), xpo adds alpha log pi(y): both lower the likelihood of "
+        "what the reference already says, so that the policy looks elsewhere."
+    )
+    alpha: float = Field(gt=0, description="Weight of the term; the papers take 1e-6 to 1e-3.")
+
+
 class Loss(LossOptions):
     """The preference loss."""
 
@@ -148,6 +158,13 @@ class Loss(LossOptions):
     )
     use_weighting: bool = Field(
         False, description="WPO: weight each pair by the policy's probability of its two responses."
+    )
+
+    exploration: Exploration | None = Field(
+        None,
+        description="Optimism of SELM or XPO, with type sigmoid in online runs of reference policy round_start and "
+        "lookahead 0: the round's own responses are the reference's there. A pair's term is the mean over those of its "
+        "two responses that the reference's version wrote alone; null adds none.",
     )
 
     @property
@@ -239,4 +256,25 @@ class Loss(LossOptions):
                 f"learner.loss.use_weighting = true with type {self.names[0]}: it is for losses with a reference; "
                 "remove it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _exploration(self) -> "Loss":
+        if self.exploration is None:
+            return self
+        where = f"learner.loss.exploration.type = {self.exploration.type}"
+        if self.type != "sigmoid":
+            raise ValueError(f"{where} with learner.loss.type {self.type}: the term belongs to type sigmoid; remove it")
+        changes = {
+            "f_divergence": self.f_divergence != "reverse_kl",
+            "length_normalised": bool(self.length_normalised),
+            "ld_alpha": self.ld_alpha is not None,
+            "use_weighting": self.use_weighting,
+        }
+        for key, changed in changes.items():
+            if changed:
+                raise ValueError(
+                    f"{where} with learner.loss.{key}: the term is in log-probs of whole responses under the reverse "
+                    "KL divergence, each pair counted once; remove one of the two"
+                )
         return self

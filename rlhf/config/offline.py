@@ -63,6 +63,11 @@ class OfflineTraining(Section):
             raise ValueError(
                 f"learner.epochs {self.learner.epochs}: passes over the pairs are `epochs` of the training; leave it 1"
             )
+        if self.learner.loss.exploration:
+            raise ValueError(
+                "learner.loss.exploration: the reference wrote no response of a preference set; remove it, or train on "
+                "prompts"
+            )
         if self.learner.zero_stage == 0 and self.policy.dtype == "bfloat16":
             raise ValueError(ZERO_0_BF16)
         check_secrets(self.learner.deepspeed, "learner.deepspeed.")

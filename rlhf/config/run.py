@@ -54,6 +54,11 @@ class RunConfig(Section):
                 f"{self.learner.max_length}: such pairs could never be trained; raise it or lower one of the two"
             )
         check_secrets(self.generator.engine, "generator.engine.")
+        if self.learner.loss.exploration and self.rounds.lookahead:
+            raise ValueError(
+                "learner.loss.exploration with rounds.lookahead 1: a round's responses are older than its reference "
+                "then; set rounds.lookahead 0, or remove the exploration"
+            )
         check_secrets(self.learner.deepspeed, "learner.deepspeed.")
         self._judges()
         if self.sync.transport == "nccl" and self.cluster.device == "cpu":

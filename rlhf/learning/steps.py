@@ -108,8 +108,9 @@ class StepRunner:
     ) -> dict[str, float]:
         """One step on `pairs` with their reference log-probs [n, 2]; every rank calls with the same arguments.
 
-        The loss is the mean over these n pairs, however few. `reference_version` is the reference's, if it has one. Returns the step's metrics, equal on every rank. When
-        the loss or the gradient is not finite no step is taken: `train/skipped` is 1, what is not finite is left out.
+        The loss is the mean over these n pairs, however few. `reference_version` is the reference's, where it has one.
+        Returns the step's metrics, equal on every rank. When the loss or the gradient is not finite no step is taken:
+        `train/skipped` is 1, what is not finite is left out.
         """
         setup, beta = self.setup, self.beta.beta()
         micros = grouping.plan([setup.cost(pair) for pair in pairs], setup)

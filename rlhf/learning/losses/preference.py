@@ -11,6 +11,7 @@ from rlhf.config.loss import LOSS_FACTS
 from rlhf.errors import InputError
 from rlhf.learning.losses.base import LossFunction, PairInputs, PreferenceLoss
 from rlhf.learning.losses.divergence import score_function
+from rlhf.learning.losses.exploration import optimism
 from rlhf.learning.losses.registry import LOSSES
 
 Term = tuple[str, float, dict[str, Any]]
@@ -32,6 +33,9 @@ def preference_loss(
     chosen_lengths: torch.Tensor | None = None,
     rejected_lengths: torch.Tensor | None = None,
     mean_chosen_length: float | torch.Tensor | None = None,
+    exploration: str | None = None,
+    exploration_alpha: float = 0.0,
+    explored: torch.Tensor | None = None,
     **options: Any,
 ) -> PreferenceLoss:
     """Per-pair losses of the registered loss `name`, with the implicit rewards.
@@ -40,11 +44,13 @@ def preference_loss(
     or float [n]. Losses without a reference do not read the reference's. Lengths are tokens, [n]; losses per token
     need them. `mean_chosen_length` is taken over the optimizer step, so that likelihood terms are a mean over all of
     its tokens; None is the mean of these pairs. `weights` float [n] multiply the losses (WPO). `name` "mix" adds up
-    `terms`. `options` are the loss's own, and `rpo_alpha`, the weight of an NLL term.
+    `terms`. `exploration` "selm" or "xpo" adds `exploration_alpha` times the mean of its term over the responses
+    `explored`, bool [n, 2], None being all. `options` are the loss's own, and `rpo_alpha`, the weight of an NLL term.
 
     Returns `(losses, chosen_rewards, rejected_rewards)`, float [n] each; rewards carry beta and no gradient: beta
     times the log-ratio, without a reference beta times the log-prob, of SimPO and ORPO the log-prob per token.
-    Raises `InputError` for an unknown name or option, a missing length, or shapes that differ.
+    Raises `InputError` for an unknown name or option, a missing length, shapes that differ, or `exploration` with
+    what it means nothing to.
     """
     tensors = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     _check(name, tensors, beta)
@@ -55,7 +61,14 @@ def preference_loss(
     )
     parts = terms if name == "mix" else [(name, 1.0, options)]
     losses = torch.stack([weight * _single(part, inputs, f_divergence, own) for part, weight, own in parts]).sum(0)
-    return PreferenceLoss(losses if weights is None else losses * weights, *_rewards([p[0] for p in parts], inputs))
+    names = [part for part, _, _ in parts]
+    if exploration is not None:
+        if names != ["sigmoid"] or f_divergence != "reverse_kl" or weights is not None:
+            raise InputError(
+                f"preference_loss: exploration = {exploration!r} goes with plain sigmoid only, not {names}"
+            )
+        losses = losses + optimism(exploration, exploration_alpha, inputs, explored)
+    return PreferenceLoss(losses if weights is None else losses * weights, *_rewards(names, inputs))
 
 
 def _single(name: str, inputs: PairInputs, f_divergence: str, options: dict[str, Any]) -> torch.Tensor:

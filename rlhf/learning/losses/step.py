@@ -53,12 +53,25 @@ class StepLoss:
     """Tokens of each response, float [n, 2], chosen then rejected."""
     reward_shift: float = 0.0
     matched: dict[str, torch.Tensor] = field(default_factory=dict)
+    explored: torch.Tensor | None = None
+    """Which responses the reference wrote, bool [n, 2]; only where the loss explores."""
 
     @classmethod
-    def of(cls, config: Loss, pairs: Sequence[Pair], device: str, reward_shift: float = 0.0) -> "StepLoss":
-        """For all pairs of a step, over all ranks."""
+    def of(
+        cls,
+        config: Loss,
+        pairs: Sequence[Pair],
+        device: str,
+        reward_shift: float = 0.0,
+        reference_version: int | None = None,
+    ) -> "StepLoss":
+        """For all pairs of a step, over all ranks; without a `reference_version` none of them explores."""
         lengths = [[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]
-        return cls(config, torch.tensor(lengths, dtype=torch.float32, device=device), reward_shift)
+        found = cls(config, torch.tensor(lengths, dtype=torch.float32, device=device), reward_shift)
+        if config.exploration is not None and reference_version is not None:
+            versions = torch.tensor([[pair.chosen_version, pair.rejected_version] for pair in pairs], device=device)
+            found.explored = versions == reference_version
+        return found
 
     @property
     def matches(self) -> bool:
@@ -87,6 +100,7 @@ class StepLoss:
             for name, part in zip(config.names, config.parts, strict=True)
         ]
         chosen, rejected = self.lengths[rows].unbind(1)
+        explored = None if self.explored is None else self.explored[rows]
         return preference_loss(
             "mix",
             *policy.unbind(1),
@@ -99,6 +113,9 @@ class StepLoss:
             chosen_lengths=chosen,
             rejected_lengths=rejected,
             mean_chosen_length=self.lengths[:, 0].mean(),
+            exploration=config.exploration.type if config.exploration and explored is not None else None,
+            exploration_alpha=config.exploration.alpha if config.exploration else 0.0,
+            explored=explored,
         )
 
     def _options(self, name: str, options: dict[str, Any], rows: list[int]) -> dict[str, Any]:
