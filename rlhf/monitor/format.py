@@ -52,9 +52,9 @@ def timing_cells(metrics: Mapping[str, Number]) -> list[str]:
 
 
 def eval_cells(metrics: Mapping[str, Number], first_score: float | None) -> list[str]:
-    """`win 0.71 [0.62, 0.79]`, `by judge 0.80`, `gap +0.09`, `score 0.395 → 0.520`, ...
+    """`win 0.71 [0.62, 0.79]`, `by judge 0.80`, `gap +0.09`, `score 0.395 → 0.520`, ..., `invalid 0.8%`, `flips 12.5%`.
 
-    A missing metric has no cell.
+    A missing metric has no cell, nor has a judge without fault: `invalid` and `flips` are left out at 0.
     """
     low, high = metrics.get("eval/win_rate_low"), metrics.get("eval/win_rate_high")
     win = _cell("win", metrics.get("eval/win_rate"), "4.2f")
@@ -70,6 +70,8 @@ def eval_cells(metrics: Mapping[str, Number], first_score: float | None) -> list
         score,
         _cell("length", metrics.get("eval/length_mean"), ".1f"),
         _cell("distinct", metrics.get("eval/distinct_2"), ".2f"),
+        _cell("invalid", metrics.get("eval/invalid_rate") or None, ".1%"),
+        _cell("flips", metrics.get("eval/flip_rate") or None, ".1%"),
     ]
     return [cell for cell in cells if cell]
 

@@ -93,6 +93,18 @@ def test_evaluations_are_compared_with_the_first() -> None:
     ]
 
 
+def test_an_evaluations_faulty_verdicts_are_shown_where_there_are_any() -> None:
+    sink, out = screen(terminal=False)
+    for round, invalid, flips in ((0, 0.0, 0.0), (4, 0.008, 0.0), (8, 0.0, 0.125), (8, None, 0.48)):
+        sink.log(event("eval", round, {"eval/win_rate": 0.5, "eval/invalid_rate": invalid, "eval/flip_rate": flips}))
+    assert [line.partition("win 0.50")[2] for line in out.getvalue().splitlines()] == [
+        "",
+        "  invalid 0.8%",
+        "  flips 12.5%",
+        "  flips 48.0%",
+    ]
+
+
 def test_pairs_seen_count_every_way_to_be_dropped() -> None:
     assert kept_and_seen({**ROUND, "pairs/dropped_long": 3}) == (27, 35)
     assert kept_and_seen({}) is None
