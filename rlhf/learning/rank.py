@@ -16,6 +16,7 @@ from rlhf.learning.batch import causal_batch
 from rlhf.learning.beta import build_beta
 from rlhf.learning.engine import TrainEngine, join
 from rlhf.learning.flops import FlopCount, peak_flops
+from rlhf.learning.held_out import HeldOutScores
 from rlhf.learning.job import LearnerJob
 from rlhf.learning.lora import LowRank
 from rlhf.learning.mask_probe import choose_layout
@@ -87,6 +88,7 @@ class RankLearner:
         self._engine = TrainEngine(module, trainable, learner, dtype, self._device)
         adapters_off = partial(lora.initial, model) if lora else None
         self.reference = copied or policy_reference(self._engine, self.setup, adapters_off, trainable)
+        self._held_out = HeldOutScores(self.reference, learner)
         self._beta = build_beta(learner.loss)
         module.head.keeps_squares = learner.loss.use_weighting
         self._steps = StepRunner(self._engine, self.setup, self._beta, module.head)
@@ -132,7 +134,7 @@ class RankLearner:
 
     def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Loss, rewards and log-probs of `pairs` without a step, equal on every rank; see `measure`."""
-        return measure(self._steps, pairs, self.reference.score(pairs)) if pairs else {}
+        return measure(self._steps, pairs, self._held_out.score(pairs)) if pairs else {}
 
     def probe(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
         """Log-prob of each token after the first, by an ordinary causal forward pass."""
