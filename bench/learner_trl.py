@@ -1,6 +1,6 @@
 """Pairs a second of the learner against TRL's DPOTrainer: the same model, pairs, batch and precision, in one process.
 
-    python bench/trl.py [PAIRS] [--steps 3] [--batch 16] [--micro 4] [--max-length 512]
+    python bench/learner_trl.py [PAIRS] [--steps 3] [--batch 16] [--micro 4] [--max-length 512]
 
 PAIRS is any preference set, runs/judge-pairs/train.jsonl by default (bench/judge_pairs.py makes it). Both take
 `--steps` optimizer steps of sigmoid DPO (beta 0.1, AdamW, bfloat16 weights) with the reference policy included; the
