@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from rlhf.config.base import Reserved, Section
 from rlhf.config.lora import Lora
 from rlhf.config.loss import Loss as Loss
+from rlhf.config.trainable import Trainable
 
 ZERO_0_BF16 = (
     "learner.zero_stage 0 with policy.dtype bfloat16 is refused: DeepSpeed's wrapper takes a wrong first Adam step "
@@ -77,7 +78,7 @@ class Learner(Section):
     loss: Loss = Field(default_factory=lambda: Loss(), description="Preference loss.")
     reference: Reference = Field(default_factory=lambda: Reference(), description="Reference policy.")
     lora: Lora | None = Field(None, description="LoRA adapters; null trains all weights.")
-    trainable: Reserved = Field(None, description="Reserved: a named subset of parameters.")
+    trainable: Trainable | None = Field(None, description="A named subset of parameters; null trains all weights.")
     warp: Reserved = Field(None, description="Reserved: rotated parametrisation.")
     prefix_sharing: bool = Field(
         True,
@@ -124,6 +125,15 @@ class Learner(Section):
             raise ValueError(
                 f"learner.attention = flash with learner.{key}: FlashAttention takes no such mask; use auto, flex or "
                 f"sdpa, or turn {key} off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_parametrisation(self) -> "Learner":
+        if self.trainable and self.lora:
+            raise ValueError(
+                "learner.trainable with learner.lora: adapters train in place of the weights; remove one of the two "
+                "(learner.lora.target_modules says where adapters go)"
             )
         return self
 

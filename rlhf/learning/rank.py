@@ -35,6 +35,7 @@ from rlhf.learning.rng import restore_rng, rng_state, seed_all
 from rlhf.learning.schedule import fraction_done, learning_rate
 from rlhf.learning.setup import Setup
 from rlhf.learning.steps import Grouping, Mismatch, StepRunner
+from rlhf.learning.subset import Subset
 from rlhf.records import Pair, SealedRound, StepReport
 
 
@@ -72,7 +73,8 @@ class RankLearner:
         model: Any = load_model(self._config.policy)
         self._flops = FlopCount(model)  # of the model without adapters: they add well under a hundredth
         lora = LowRank(learner.lora, self._config.policy.path) if learner.lora else None
-        self._parametrisation = lora or Full()
+        subset = Subset(learner.trainable, self._config.policy.path) if learner.trainable else None
+        self._parametrisation = lora or subset or Full()
         self._model: Any = self._parametrisation.wrap(model)
         if learner.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -85,6 +87,7 @@ class RankLearner:
         self.setup = Setup(learner, self._rank, self._world_size, self._device, dtype, layout)
         copied = InitialReference(module, self.setup) if needs_copy(learner) else None
         trainable = list(self._parametrisation.trainable(module))
+        self._trained_share = sum(p.numel() for _, p in trainable) / sum(p.numel() for p in module.parameters())
         self._engine = TrainEngine(module, trainable, learner, dtype, self._device)
         adapters_off = partial(lora.initial, model) if lora else None
         self.reference = copied or policy_reference(self._engine, self.setup, adapters_off, trainable)
@@ -262,8 +265,8 @@ class RankLearner:
                 dist.all_reduce(peak)
                 self._peak = peak.item()
             epochs, seconds = self.setup.learner.epochs, reference_s + learn_s
-            # The reference's forward; of each epoch forward and backward, which frozen weights get no gradient in.
-            passes = int(self.setup.learner.loss.needs_reference) + (2 if self.setup.learner.lora else 3) * epochs
+            # The reference's forward; of each epoch forward and backward, in which frozen weights get no gradient.
+            passes = int(self.setup.learner.loss.needs_reference) + (2 + self._trained_share) * epochs
             tokens = sum(self.setup.cost(pair) for pair in pairs) * epochs
             result["perf/learner_tokens_per_s"] = tokens / seconds
             result["perf/mfu"] = passes * self._flops.forward(pairs) / seconds / self._peak
