@@ -94,17 +94,19 @@ class GeneratorActor:
             await loading
             await self._engine.resume()
             errors = await self._probe(manifest.probes, manifest.version) if verify else []
+            # Written so that a NaN fails too.
+            wrong = [error for error in errors if not error.relative <= tolerance]
+            if not wrong:
+                await self._engine.serve()
         except Exception as error:
             self._failure = f"loading version {manifest.version} failed: {_root(error)}"
             raise EngineLostError(f"{self._name}: {self._failure}") from error
-        for probed in errors:
-            # Written so that a NaN fails too.
-            if not probed.relative <= tolerance:
-                self._failure = (
-                    f"version {manifest.version} gives log-probs {probed.absolute:.3g} off the learner's, relative "
-                    f"{probed.relative:.3g} (sync.probe_tolerance allows {tolerance:.3g})"
-                )
-                raise EngineLostError(f"{self._name}: {self._failure}")
+        if wrong:
+            self._failure = (
+                f"version {manifest.version} gives log-probs {wrong[0].absolute:.3g} off the learner's, relative "
+                f"{wrong[0].relative:.3g} (sync.probe_tolerance allows {tolerance:.3g})"
+            )
+            raise EngineLostError(f"{self._name}: {self._failure}")
         self._version = manifest.version
         return max((error.absolute for error in errors), default=float("nan"))
 

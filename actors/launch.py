@@ -10,6 +10,7 @@ import ray
 
 from actors.calls import within
 from actors.cluster import ClusterInfo
+from actors.engine.adapters import AdapterSpec
 from actors.engine.llm import EngineSpec, engine_environment
 from actors.fleet import GeneratorFleet
 from actors.generator import GeneratorActor
@@ -21,6 +22,7 @@ from actors.weights.transport import pick_transport
 from rlhf.config import RunConfig
 from rlhf.config.judge import single_judges, with_path
 from rlhf.errors import RLHFError
+from rlhf.learning.lora import adapter_shapes
 from rlhf.ports import Judge, Monitor
 
 CONCURRENCY = 10_000
@@ -51,6 +53,10 @@ class Launcher:
         self._deadline = config.cluster.deadlines.start
         self._gpu = cluster.device == "cuda"
         self.transport = pick_transport(config, cluster.device)
+        self._adapters: AdapterSpec | None = None
+        if config.sync.lora == "adapters" and (lora := config.learner.lora):
+            self._shapes = adapter_shapes(config.policy, lora)
+            self._adapters = AdapterSpec.of(lora.rank, lora.alpha, self._shapes)
 
     async def start(self, probes: list[tuple[int, ...]], monitor: Monitor, run_dir: Path) -> Parts:
         """Start everything at once; raises on the first actor that fails, naming it."""
@@ -64,6 +70,7 @@ class Launcher:
                     start_learner(
                         config, self._cluster, config.cluster.deadlines, monitor, bar.advance,
                         transport=self.transport, bucket_mb=config.sync.bucket_mb, probes=probes,
+                        adapters=self._adapters is not None,
                     )
                 )  # fmt: skip
                 fleet = tasks.create_task(self._fleet(bar))
@@ -96,6 +103,7 @@ class Launcher:
             trust_remote_code=self._config.policy.trust_remote_code,
             arguments=config.engine,
             transport=self.transport,
+            adapters=self._adapters,
         )
 
         environment = engine_environment(self._cluster.device, threads)

@@ -28,8 +28,19 @@ GRACE_S = 30.0
 class LearnerActor:
     """One DeepSpeed rank. Calls run one after the other, in the order in which they were made."""
 
-    def __init__(self, config: LearnerJob, rank: int, world_size: int, device: str, transport: str, bucket_bytes: int):
+    def __init__(
+        self,
+        config: LearnerJob,
+        rank: int,
+        world_size: int,
+        device: str,
+        transport: str,
+        bucket_bytes: int,
+        adapters: bool = False,
+    ):
+        """`adapters` publishes the LoRA adapters alone instead of the weights they are merged into."""
         self._rank = rank
+        self._adapters = adapters
         self._device = device
         self._transport = transport
         self._sender: Any = None
@@ -96,7 +107,7 @@ class LearnerActor:
         if self._sender:
             table = self._sender.table()
             return WeightManifest(version, (table,), proofs) if self._rank == 0 else None
-        tensors = self._learner.export_tensors()
+        tensors = self._learner.export_adapters() if self._adapters else self._learner.export_tensors()
         if self._rank:
             for _ in tensors:
                 pass

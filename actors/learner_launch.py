@@ -22,8 +22,12 @@ async def start_learner(
     transport: str = "object_store",
     bucket_mb: int = 256,
     probes: Sequence[tuple[int, ...]] = (),
+    adapters: bool = False,
 ) -> LearnerGroup:
-    """The ranks behind the `Learner` port, met and with their models loaded; `probes` prove published weights."""
+    """The ranks behind the `Learner` port, met and with their models loaded; `probes` prove published weights.
+
+    `adapters` publishes the LoRA adapters alone.
+    """
     config, gpu = job.learner, cluster.device == "cuda"
     threads = cluster.threads(config.cpus, config.world_size)
     role = Role("learner", config.world_size, cluster.reserved(threads), 1 if gpu else 0, "PACK")
@@ -32,7 +36,7 @@ async def start_learner(
     actor = ray.remote(LearnerActor)
     handles = [
         actor.options(**actor_options(f"learner-{rank}", group, rank, role, environment)).remote(
-            job, rank, config.world_size, cluster.device, transport, bucket_mb << 20
+            job, rank, config.world_size, cluster.device, transport, bucket_mb << 20, adapters
         )
         for rank in range(config.world_size)
     ]

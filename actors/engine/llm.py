@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
 
 import numpy as np
 
+from actors.engine.adapters import Adapter, Adapters, AdapterSpec
 from actors.engine.plugin import NCCL, TRANSPORT, register
 from rlhf.records import Bucket, Rollout, SampleRequest, VersionSpan
 
@@ -17,7 +18,8 @@ from rlhf.records import Bucket, Rollout, SampleRequest, VersionSpan
 class EngineSpec:
     """What an engine serves and how; `arguments` go to vLLM's engine arguments as they are.
 
-    `transport` brings new weights: "object_store", "nccl", or None for an engine that keeps its weights.
+    `transport` brings new weights: "object_store", "nccl", or None for an engine that keeps its weights. With
+    `adapters` it brings LoRA adapters, which are served beside weights that stay.
     """
 
     model: str
@@ -29,6 +31,7 @@ class EngineSpec:
     trust_remote_code: bool
     arguments: dict[str, Any]
     transport: str | None
+    adapters: AdapterSpec | None = None
 
 
 class Engine:
@@ -42,6 +45,7 @@ class Engine:
         self._salt = 0
         self._calls = count()
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
+        self._adapters = Adapters(self._engine, spec.adapters) if spec.adapters else None
 
     def shutdown(self) -> None:
         """Stop the engine's processes."""
@@ -53,9 +57,14 @@ class Engine:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(**sampling, seed=request.seeds[k], logprobs=0, output_kind=RequestOutputKind.FINAL_ONLY)
-        final = await self._run(request.prompt.token_ids, params, name)
+        with self._adapters.sampling() if self._adapters else nullcontext() as adapter:
+            final = await self._run(request.prompt.token_ids, params, name, adapter)
         output = final.outputs[0]
         token_ids = tuple(output.token_ids)
+        versions = [(_version(span.version), span.start, span.end) for span in output.weight_versions or ()]
+        if adapter:
+            # A request keeps the adapter that it began with; vLLM knows of the base weights' versions only.
+            versions = [(adapter.version, 0, len(token_ids))]
         return Rollout(
             uid=request.prompt.uid,
             k=k,
@@ -63,9 +72,7 @@ class Engine:
             logprobs=tuple(step[token].logprob for step, token in zip(output.logprobs or (), token_ids, strict=True)),
             text=output.text,
             finish_reason=output.finish_reason or "unknown",
-            versions=tuple(
-                VersionSpan(_version(span.version), span.start, span.end) for span in output.weight_versions or ()
-            ),
+            versions=tuple(VersionSpan(*span) for span in versions),
         )
 
     async def next_logprobs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> np.ndarray:
@@ -85,16 +92,23 @@ class Engine:
         return np.asarray(rows, dtype=np.float64).reshape(len(prompts), len(token_ids))
 
     async def sequence_logprobs(self, token_ids: Sequence[int], name: str) -> tuple[float, ...]:
-        """Log-prob of each token after the first, by one forward pass over the sequence."""
+        """Log-prob of each token after the first, by one forward pass over the sequence, under what was loaded last."""
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        final = await self._run(token_ids, params, name)
+        with self._adapters.probing() if self._adapters else nullcontext() as adapter:
+            final = await self._run(token_ids, params, name, adapter)
         found = final.prompt_logprobs or []
         return tuple(row[token].logprob for row, token in zip(found[1:], token_ids[1:], strict=True))
 
     async def connect(self, address: str, namespace: str, holder: str, expected: dict[str, tuple[int, ...]]) -> None:
-        """Let the engine's workers join the cluster as receivers of weights."""
+        """Let the engine's workers join the cluster as receivers of weights.
+
+        `expected` holds every tensor of a payload. Raises `InputError` for adapters that vLLM cannot serve.
+        """
+        if self._adapters:
+            await self._adapters.connect(address, namespace, holder, expected)
+            return
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         info = {
@@ -108,6 +122,9 @@ class Engine:
     async def stage(self, buckets: Sequence[Bucket], verify: bool) -> None:
         """Map and check a payload on every worker; the engine goes on serving."""
         tables = [[asdict(spec) for spec in bucket.tensors] for bucket in buckets]
+        if self._adapters:
+            await self._adapters.stage(tables, verify)
+            return
         await self._engine.start_weight_update()
         try:
             await self._phase({"phase": "stage", "verify": verify, "buckets": tables})
@@ -119,8 +136,14 @@ class Engine:
         await self._engine.finish_weight_update()
 
     async def load(self, version: int) -> None:
-        """Put the staged payload in place of the old weights; sampling pauses until `resume`."""
-        await self._swap(version, {"phase": "load"})
+        """Put the staged payload in place of the old weights; sampling pauses until `resume`.
+
+        Adapters are put beside the old ones: sampling goes on under these until `serve`.
+        """
+        if self._adapters:
+            await self._adapters.load(version)
+        else:
+            await self._swap(version, {"phase": "load"})
 
     async def open_nccl(self, info: dict[str, Any]) -> None:
         """Let the engine's workers join an NCCL group, in place of an earlier one; waits until all have met."""
@@ -149,19 +172,26 @@ class Engine:
 
     async def resume(self) -> None:
         """Let sampling go on after `load`."""
-        await self._engine.resume_generation()
+        if not self._adapters:
+            await self._engine.resume_generation()
+
+    async def serve(self) -> None:
+        """What was loaded last has been proved: new samples run under it."""
+        if self._adapters:
+            await self._adapters.serve()
 
     async def _phase(self, info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=info))
 
-    async def _run(self, token_ids: Sequence[int], params: Any, name: str) -> Any:
+    async def _run(self, token_ids: Sequence[int], params: Any, name: str, adapter: Adapter | None = None) -> Any:
         from vllm.inputs import TokensPrompt
 
         prompt = TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=str(self._salt))
         final: Any = None
-        async for output in self._engine.generate(prompt, params, request_id=name):
+        lora = adapter.request if adapter else None
+        async for output in self._engine.generate(prompt, params, request_id=name, lora_request=lora):
             final = output
         if final is None:
             raise RuntimeError(f"vLLM ended request {name} without an output")
@@ -190,7 +220,9 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
             "max_num_seqs": 128,
             "kv_cache_memory_bytes": 512 << 20,
         }
-    if spec.transport:
+    if spec.adapters:
+        arguments |= spec.adapters.arguments()
+    elif spec.transport:
         arguments["weight_transfer_config"] = {"backend": NCCL if spec.transport == NCCL else TRANSPORT}
     return arguments | spec.arguments
 

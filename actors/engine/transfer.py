@@ -5,22 +5,16 @@ engine has not been touched and goes on serving its old version. `load` runs vLL
 tensors; if that fails the model is lost, since vLLM cannot roll a reload back.
 """
 
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import ray
-import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
 
-from actors.weights.payload import check_complete, unpack, verify_bucket
-from rlhf.records import Bucket, TensorSpec
+from actors.engine.receiver import Receiver
 
 
 @dataclass
@@ -50,19 +44,12 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 
     init_info_cls = ObjectStoreInitInfo
     update_info_cls = ObjectStoreUpdateInfo
+    _receiver: Receiver | None = None
 
     def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
-        """Join the cluster: an engine process is no Ray worker, but may connect as a driver."""
-        self._info = init_info
-        self._staged: list[tuple[Bucket, np.ndarray]] = []
-        if not ray.is_initialized():
-            ray.init(
-                address=init_info.address,
-                namespace=init_info.namespace,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
+        """Join the cluster."""
+        expected = {name: tuple(shape) for name, shape in init_info.expected}
+        self._receiver = Receiver(init_info.address, init_info.namespace, init_info.holder, expected)
 
     def start_weight_update(self) -> None:
         """Nothing yet: the reload starts in the load phase, once the whole payload has passed its checks."""
@@ -72,44 +59,28 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
 
     def receive_weights(self, update_info: ObjectStoreUpdateInfo) -> None:
         """Run one phase; raises `PayloadError` from `stage`, anything from `load`."""
+        receiver = self._receiver
+        assert receiver is not None, "init_transfer_engine comes first"
         if update_info.phase == "stage":
-            self._stage(update_info)
-        elif update_info.phase == "load":
-            self._load()
-        self._staged = [] if update_info.phase != "stage" else self._staged
+            receiver.stage(update_info.buckets, update_info.verify)
+            return
+        if update_info.phase == "load":
+            self._load(receiver)
+        receiver.drop()
 
     def shutdown(self) -> None:
         """Drop the mapped buffers."""
-        self._staged = []
+        if self._receiver:
+            self._receiver.drop()
 
-    def _stage(self, update_info: ObjectStoreUpdateInfo) -> None:
-        # The references come through the generator actor, in band: Ray then counts this process as a borrower,
-        # and the buffers are mapped from the node's shared memory, not copied.
-        holder = ray.get_actor(self._info.holder, namespace=self._info.namespace)
-        buffers: list[np.ndarray] = ray.get(ray.get(holder.staged_references.remote()))
-        buckets = [
-            Bucket(tuple(_spec(row) for row in rows), len(buffer))
-            for rows, buffer in zip(update_info.buckets, buffers, strict=True)
-        ]
-        if update_info.verify:
-            check_complete(buckets, {name: tuple(shape) for name, shape in self._info.expected})
-            for bucket, buffer in zip(buckets, buffers, strict=True):
-                verify_bucket(bucket, buffer)
-        self._staged = [(bucket, buffer) for bucket, buffer in zip(buckets, buffers, strict=True)]
-
-    def _load(self) -> None:
+    def _load(self, receiver: Receiver) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
         initialize_layerwise_reload(self.model)
         model: Any = self.model
-        model.load_weights(self._tensors())
+        model.load_weights((name, tensor.to(self.device)) for name, tensor in receiver.tensors())
         finalize_layerwise_reload(self.model, self.model_config)
         self._repack_heads()
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for bucket, buffer in self._staged:
-            for name, tensor in unpack(bucket, buffer):
-                yield name, tensor.to(self.device)
 
     def _repack_heads(self) -> None:
         # With tied embeddings the head's packed copy is made before the embedding arrives and stays stale: digests
@@ -121,7 +92,3 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
             if isinstance(module, ParallelLMHead):
                 assert isinstance(module.quant_method, QuantizeMethodBase)
                 module.quant_method.process_weights_after_loading(module)
-
-
-def _spec(row: dict[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**row, "shape": tuple(row["shape"])})

@@ -7,6 +7,7 @@ from actors.fleet import GeneratorFleet
 from actors.weights.nccl import NcclPlane, Sender
 from actors.weights.plane import ObjectStorePlane, Plane
 from rlhf.config import RunConfig
+from rlhf.config.adapters import FLOAT32_ON_GPU
 from rlhf.errors import InputError
 
 OBJECT_STORE = "object_store"
@@ -15,9 +16,14 @@ OBJECT_STORE = "object_store"
 def pick_transport(config: RunConfig, device: str) -> str:
     """`sync.transport` with `auto` decided: `nccl` if `device` is "cuda", where every role has GPUs of its own.
 
-    Raises `InputError` for `nccl` without GPUs.
+    Adapters go through the object store anywhere. Raises `InputError` for `nccl` without GPUs, and for adapters in
+    float32 with them.
     """
     asked = config.sync.transport
+    if config.sync.lora == "adapters":
+        if device == "cuda" and config.policy.dtype == "float32":
+            raise InputError(FLOAT32_ON_GPU)
+        return OBJECT_STORE
     if asked == "auto":
         return NCCL if device == "cuda" else OBJECT_STORE
     if asked == NCCL and device != "cuda":

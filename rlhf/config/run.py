@@ -2,6 +2,7 @@
 
 from pydantic import Field, field_validator, model_validator
 
+from rlhf.config.adapters import check_adapters
 from rlhf.config.base import Reserved, Section
 from rlhf.config.data import Policy, Prompts
 from rlhf.config.generator import Generator
@@ -63,6 +64,8 @@ class RunConfig(Section):
         self._judges()
         if self.sync.transport == "nccl" and self.cluster.device == "cpu":
             raise ValueError("sync.transport nccl needs GPUs; use object_store or auto with cluster.device cpu")
+        if self.sync.lora == "adapters":
+            check_adapters(self)
         return self
 
     def _judges(self) -> None:

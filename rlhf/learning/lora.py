@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf.config.data import Policy
 from rlhf.config.lora import Lora
 from rlhf.errors import InputError
 from rlhf.learning.parametrisation import Entry, Gather, checkpoint_parameters, export_entries, persistent_buffers
@@ -17,6 +18,8 @@ from rlhf.learning.parametrisation import Entry, Gather, checkpoint_parameters, 
 BASE = ".base_layer."
 SAVED = ".modules_to_save.default."
 ORIGINAL = ".original_module."
+PEFT = "base_model.model."
+"""What peft's checkpoints put before a module's name."""
 
 
 class LowRank:
@@ -77,6 +80,14 @@ class LowRank:
         buffers = ((_checkpoint_name(name), buffer) for name, buffer in persistent_buffers(model))
         yield from export_entries(entries, [(name, buffer) for name, buffer in buffers if name], gather)
 
+    def adapters(self, model: nn.Module, gather: Gather | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and whole CPU tensors of the adapters alone, as peft's own checkpoint names them; see `Full.export`.
+
+        A layer's product is still to be scaled by alpha / rank. What trains in full is not among them.
+        """
+        entries = [Entry.plain(name, parameter) for name, parameter in adapter_parameters(model)]
+        return export_entries(entries, (), gather)
+
     @contextmanager
     def initial(self, model: nn.Module) -> Iterator[None]:
         """Inside the context the model is the one that was wrapped: adapters off, trained modules as they were."""
@@ -105,6 +116,29 @@ class LowRank:
                 )
             found |= dict.fromkeys(fitting)
         return list(found)
+
+
+def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The adapters of a wrapped model under the names of peft's checkpoints: A [rank, in], then B [out, rank]."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            (adapter,) = module.active_adapters
+            for part in ("lora_A", "lora_B"):
+                yield f"{PEFT}{name}.{part}.weight", getattr(module, part)[adapter].weight
+
+
+def adapter_shapes(policy: Policy, options: Lora) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the adapters that a policy gets, from its config alone: no weight is read or made.
+
+    Raises `InputError` as `LowRank.wrap` does.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(policy.path, trust_remote_code=policy.trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=policy.trust_remote_code)
+        LowRank(options, policy.path).wrap(model)
+    return {name: tuple(parameter.shape) for name, parameter in adapter_parameters(model)}
 
 
 def _merged(name: str, layer: Any) -> Entry:

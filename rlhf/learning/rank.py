@@ -154,6 +154,12 @@ class RankLearner:
         """Whole CPU tensors in the policy's dtype under checkpoint names; every rank must go through all of them."""
         return self._parametrisation.export(self._model, self._engine.gather)
 
+    def export_adapters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole CPU tensors of the LoRA adapters alone; see `LowRank.adapters`. Every rank must go through all."""
+        if not isinstance(self._parametrisation, LowRank):
+            raise RLHFError("there are no adapters to export: learner.lora is not set")
+        return self._parametrisation.adapters(self._model, self._engine.gather)
+
     def export_hf(self, path: Path) -> None:
         """Write a Hugging Face checkpoint folder: weights, config, generation config, tokenizer. Rank 0 writes."""
         tensors: dict[str, torch.Tensor] = {}
