@@ -15,7 +15,7 @@ from rlhf.judging.health import check_valid_share, health_warnings, judge_metric
 from rlhf.ports import Generators, Judge, Monitor
 from rlhf.records import Prompt, Rollout, SampleRequest, SealedRound, Verdict
 from rlhf.rounds.ledger import Ledger, RoundState
-from rlhf.rounds.pairing import PairingResult, make_pairs
+from rlhf.rounds.pairing import DRAWING, PairingResult, make_pairs
 from rlhf.rounds.sealing import read_sealed, seal_pairs, write_rollouts, write_verdicts
 from rlhf.seeds import derive_seed
 
@@ -38,6 +38,8 @@ class OnlineSource:
         self._judge = judge
         self._ledger = ledger
         self._monitor = monitor
+        # For strategies that draw nothing: making a generator takes longer than all else of a prompt.
+        self._undrawn = np.random.default_rng(0)
 
     def plan(self, round: int) -> list[Prompt]:
         """The round's prompts, planned in the ledger before anything is sampled."""
@@ -109,16 +111,18 @@ class OnlineSource:
                         judged.append(tasks.create_task(self._pairs(by_uid[rollout.uid], group, round)))
             generate_s = time.monotonic() - started
             with self._monitor.progress("judge", len(judged)) as bar:
-                for done in asyncio.as_completed(judged):
-                    await done
+                # In the order in which they began; a failure ends the group, and this wait, at once.
+                for task in judged:
+                    await task
                     bar.advance()
         rollouts = [rollout for group in groups.values() for rollout in group]
         return rollouts, [task.result() for task in judged], generate_s
 
     async def _pairs(self, prompt: Prompt, group: list[Rollout], round: int) -> PairingResult:
-        rng = np.random.default_rng(derive_seed(self._config.seed, "pairing", prompt.uid, round))
-        ordered = sorted(group, key=lambda rollout: rollout.k)
-        return await make_pairs(ordered, prompt, self._judge, self._config.pairing, rng, round)
+        rng = self._undrawn
+        if self._config.pairing.strategy in DRAWING:
+            rng = np.random.default_rng(derive_seed(self._config.seed, "pairing", prompt.uid, round))
+        return await make_pairs(group, prompt, self._judge, self._config.pairing, rng, round)
 
 
 def sample_requests(prompts: list[Prompt], samples: int, seed: int, scope: int | str) -> list[SampleRequest]:

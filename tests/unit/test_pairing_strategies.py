@@ -17,7 +17,7 @@ from rlhf.errors import RLHFError
 from rlhf.judging.sentiment import SentimentJudge
 from rlhf.judging.verdicts import invalid_verdict, make_verdict, sigmoid
 from rlhf.records import Comparison, Message, Prompt, Rollout, Verdict, VersionSpan
-from rlhf.rounds.pairing import STRATEGIES, PairingResult, make_pairs
+from rlhf.rounds.pairing import DRAWING, STRATEGIES, PairingResult, make_pairs
 
 PROMPT = Prompt("p", (Message(role="user", content="Hi"),), "<user>Hi", (7, 8))
 
@@ -355,3 +355,14 @@ def test_unjudgeable_response_does_not_spoil_the_ranking(strategy: str) -> None:
     judge = Picky(by_strength(x=0.0, y=2.0, odd=9.0, z=1.0).rule)
     result = asyncio.run(pairs_of(group("x", "odd", "y", "z"), judge, strategy))
     assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [("y", "x")]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_strategies_that_draw_are_known(strategy: str) -> None:
+    """The others share one generator, so that a draw would depend on the order in which prompts finish."""
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    config = Pairing(strategy=strategy, min_margin=0.1)
+    judge = by_strength(a=1, b=2, c=3, d=4)
+    await make_pairs(group("a", "b", "c", "d"), PROMPT, judge, config, rng, 5)
+    assert (rng.bit_generator.state != before) == (strategy in DRAWING)

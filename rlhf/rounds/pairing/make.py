@@ -23,6 +23,8 @@ STRATEGIES: dict[str, Strategy] = {
     "random": random_pair,
     "all_pairs": all_pairs,
 }
+DRAWING = frozenset({"random"})
+"""Strategies that draw from their generator; all others leave it as it is."""
 
 
 @dataclass(frozen=True, slots=True)
