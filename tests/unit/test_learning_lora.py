@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from rlhf.config.data import Policy
 from rlhf.config.lora import Lora
 from rlhf.errors import InputError
 from rlhf.learning import parametrisation
-from rlhf.learning.lora import LowRank
+from rlhf.learning.lora import LowRank, adapter_shapes
 from rlhf.learning.policy import PolicyModule
 
 SIZES = {
@@ -186,3 +187,43 @@ def test_a_name_may_say_which_layer():
     assert [name for name, module in model.named_modules() if hasattr(module, "lora_A")] == [
         "model.layers.1.self_attn.q_proj"
     ]
+
+
+@pytest.mark.parametrize("make", [tiny, lambda: tiny(tied=False), gpt2], ids=["tied", "untied", "gpt2"])
+def test_the_adapters_alone_are_pefts_own_checkpoint(make, tmp_path):
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    names = ["c_attn", "c_fc"] if isinstance(make(), GPT2LMHeadModel) else ["q_proj", "down_proj"]
+    model, lora = adapted(make(), rank=3, target_modules=names)
+    peft = get_peft_model(make(), LoraConfig(r=3, target_modules=names))
+    peft.base_model.model.load_state_dict(model.state_dict())
+    expected = get_peft_model_state_dict(peft)
+    sent = dict(lora.adapters(PolicyModule(model).model))
+    assert sent.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in sent.items())
+    kept = copy.deepcopy(sent)
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
+    assert all(torch.equal(sent[name], value) for name, value in kept.items())
+    # The receiver knows names and shapes from the policy's config alone.
+    make().save_pretrained(tmp_path)
+    shapes = adapter_shapes(Policy(path=str(tmp_path)), Lora(rank=3, target_modules=names))
+    assert shapes == {name: tuple(value.shape) for name, value in sent.items()}
+
+
+def test_a_base_with_its_adapters_is_the_merged_checkpoint():
+    model, lora = adapted(tiny(), rank=3, alpha=7)
+    base, merged, sent = dict(tiny().named_parameters()), dict(lora.export(model)), dict(lora.adapters(model))
+    assert len(sent) == 28
+    for name, value in merged.items():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{layer}.lora_A.weight" in sent:
+            delta = 7 / 3 * (sent[f"{layer}.lora_B.weight"] @ sent[f"{layer}.lora_A.weight"])
+            torch.testing.assert_close(value, base[name].detach() + delta, rtol=0, atol=1e-6)
+        else:
+            assert torch.equal(value, base[name])
+
+
+def test_what_trains_in_full_is_not_among_the_adapters():
+    model, lora = adapted(tiny(), modules_to_save=["norm"], target_modules=["q_proj"])
+    assert {name.rsplit(".", 2)[1] for name, _ in lora.adapters(model)} == {"lora_A", "lora_B"}
