@@ -1,7 +1,7 @@
 """Waiting for Ray calls: always with a deadline that names what it waited for."""
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -30,6 +30,21 @@ async def within(call: Awaitable[T], deadline: float, what: str) -> T:
 async def all_within(calls: Sequence[Awaitable[T]], deadline: float, what: str) -> list[T]:
     """`within` for several calls at once; the first failure is raised as soon as it happens."""
     return list(await asyncio.gather(*(within(call, deadline, what) for call in calls)))
+
+
+async def in_batches(tasks: Sequence["asyncio.Task[T]"], linger: float) -> AsyncIterator[list[T]]:
+    """Results as tasks end, those that end within `linger` seconds of the first in one list; raises a task's error."""
+    ended: asyncio.Queue[asyncio.Task[T]] = asyncio.Queue()
+    for task in tasks:
+        task.add_done_callback(ended.put_nowait)
+    left = len(tasks)
+    while left:
+        batch = [await ended.get()]
+        await asyncio.sleep(linger if len(batch) < left else 0)
+        while not ended.empty():
+            batch.append(ended.get_nowait())
+        left -= len(batch)
+        yield [task.result() for task in batch]
 
 
 def unwrap(error: ray.exceptions.RayTaskError) -> BaseException:

@@ -12,7 +12,10 @@ from rlhf.errors import DeadlineError, RLHFError
 from rlhf.records import Rollout, SampleRequest
 
 CHUNK = 4
-"""Prompts a replica takes at a time: few, so that the slowest replica does not end the round late."""
+"""Prompts a stream takes at the end: few, so that the slowest replica does not end the round late."""
+
+LARGEST_CHUNK = 64
+"""Prompts a stream takes at most."""
 
 
 ADMIT_S = 60.0
@@ -67,22 +70,23 @@ class GeneratorFleet:
         if not self._serving:
             raise RLHFError("no generator serves a proved version")
         waiting = deque(requests)
-        results: asyncio.Queue[Rollout | BaseException] = asyncio.Queue()
+        results: asyncio.Queue[list[Rollout] | BaseException] = asyncio.Queue()
         expected = sum(len(request.seeds) for request in requests)
         largest = max((len(request.seeds) for request in requests), default=1)
         streams = max(1, -(-self._sequences // (CHUNK * largest)) + 1)
-        workers = [
-            asyncio.create_task(self._work(member, waiting, results))
-            for _ in range(streams)
-            for member in self._serving
-        ]
+        # Every member before any gets a second stream, and no stream without a chunk.
+        members = [member for _ in range(streams) for member in self._serving][: -(-len(requests) // CHUNK)]
+        workers = [asyncio.create_task(self._work(member, waiting, len(members), results)) for member in members]
         try:
             async with asyncio.timeout(deadline):
-                for _ in range(expected):
+                received = 0
+                while received < expected:
                     item = await results.get()
                     if isinstance(item, BaseException):
                         raise item
-                    yield item
+                    received += len(item)
+                    for rollout in item:
+                        yield rollout
         except TimeoutError:
             raise DeadlineError(
                 f"generators {', '.join(self._serving)}: not all of {expected} responses came within {deadline:.0f} s"
@@ -92,12 +96,16 @@ class GeneratorFleet:
                 worker.cancel()
 
     async def _work(
-        self, member: str, waiting: deque[SampleRequest], results: "asyncio.Queue[Rollout | BaseException]"
+        self,
+        member: str,
+        waiting: deque[SampleRequest],
+        streams: int,
+        results: "asyncio.Queue[list[Rollout] | BaseException]",
     ) -> None:
         """Take chunks until none is left; a failure goes to the reader, which ends the round."""
         try:
             while waiting:
-                chunk = [waiting.popleft() for _ in range(min(CHUNK, len(waiting)))]
+                chunk = [waiting.popleft() for _ in range(chunk_size(len(waiting), streams))]
                 stream = self._handles[member].sample.options(num_returns="streaming").remote(chunk, self._sampling)
                 async for reference in stream:
                     results.put_nowait(await reference)
@@ -108,3 +116,11 @@ class GeneratorFleet:
         except Exception as error:
             # Whatever it is, the reader must hear of it now and not at the round's deadline.
             results.put_nowait(error)
+
+
+def chunk_size(waiting: int, streams: int) -> int:
+    """Prompts that one of `streams` takes next: an eighth of its share, so that large rounds need fewer calls.
+
+    Shares shrink as the round goes on (guided self-scheduling, Polychronopoulos and Kuck 1987) down to `CHUNK`.
+    """
+    return min(waiting, max(CHUNK, min(LARGEST_CHUNK, waiting // (8 * streams))))

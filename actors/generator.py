@@ -6,12 +6,16 @@ from typing import Any
 
 import ray
 
+from actors.calls import in_batches
 from actors.engine.llm import Engine, EngineSpec
 from actors.engine.plugin import NCCL
 from actors.weights.nccl import NcclGroup, update_info
 from actors.weights.probe import ProbeError, probe_error
 from rlhf.errors import EngineLostError, PayloadError
 from rlhf.records import Probe, Rollout, SampleRequest, WeightManifest
+
+LINGER_S = 0.01
+"""How long a response waits for others to travel with: an item of a stream costs the driver as much as 20 responses."""
 
 
 class GeneratorActor:
@@ -33,8 +37,8 @@ class GeneratorActor:
             await self._engine.connect(context.gcs_address, context.namespace, self._name, self._expected)
         return context.get_node_id()
 
-    async def sample(self, requests: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Rollout]:
-        """Yield every response as it ends; all requests are batched continuously by the engine."""
+    async def sample(self, requests: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[list[Rollout]]:
+        """Yield responses as they end, those of a few milliseconds together; the engine batches all requests."""
         if self._failure or self._version is None:
             raise EngineLostError(f"{self._name} serves no proved version: {self._failure or 'no update yet'}")
         tasks = [
@@ -43,8 +47,8 @@ class GeneratorActor:
             for k in range(len(request.seeds))
         ]
         try:
-            for task in asyncio.as_completed(tasks):
-                yield await task
+            async for ended in in_batches(tasks, LINGER_S):
+                yield ended
         finally:
             for task in tasks:
                 task.cancel()

@@ -71,10 +71,10 @@ class Shape:
     lookahead: int = 0
 
     @property
-    def waves(self) -> int:
-        """How often a simulated generator's stream takes a chunk, if all are equally fast."""
+    def in_a_row(self) -> int:
+        """Prompts that a simulated generator's stream works through, if all are equally fast."""
         streams = math.ceil(SEQUENCES / (CHUNK * self.samples)) + 1
-        return math.ceil(self.prompts / CHUNK / (self.generators * streams))
+        return math.ceil(self.prompts / CHUNK / (self.generators * streams)) * CHUNK
 
 
 def make_response(request: SampleRequest, k: int, version: int) -> Rollout:
@@ -86,8 +86,8 @@ def make_response(request: SampleRequest, k: int, version: int) -> Rollout:
 
 
 def make_verdicts(comparisons: Sequence[Comparison]) -> list[Verdict]:
-    """The larger text wins."""
-    return [make_verdict(item, p, p) for item in comparisons for p in [0.9 if item.a > item.b else 0.1]]
+    """The larger text wins; scored, as most judges do."""
+    return [make_verdict(item, p, p, p, 1.0 - p) for item in comparisons for p in [0.9 if item.a > item.b else 0.1]]
 
 
 def make_prompts(count: int) -> list[Prompt]:
@@ -105,11 +105,9 @@ class TimedGenerator:
         self._version = 0
 
     async def sample(self, requests: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Any]:
-        """Sleep for the chunk's share of the round, then give every response."""
-        await asyncio.sleep(sampling["chunk_s"])
-        for request in requests:
-            for k in range(len(request.seeds)):
-                yield make_response(request, k, self._version)
+        """Sleep for each prompt's share of the round, then give every response."""
+        await asyncio.sleep(sampling["prompt_s"] * len(requests))
+        yield [make_response(request, k, self._version) for request in requests for k in range(len(request.seeds))]
 
     async def update(self, manifest: WeightManifest, verify: bool, tolerance: float) -> float:
         """Take a version that has no bytes."""
@@ -198,7 +196,7 @@ class StandIns:
         learner = ray.remote(TimedLearner).options(num_cpus=0).remote(waits.learn)
         pool = JudgePool([judge.remote(waits.judge) for _ in range(self._judges)], config.judge.batch_size, 600.0)
         handles = {f"generator-{n}": self._generators[n % len(self._generators)] for n in range(shape.generators)}
-        fleet = GeneratorFleet(handles, {"chunk_s": waits.generate / shape.waves}, SEQUENCES, _never)
+        fleet = GeneratorFleet(handles, {"prompt_s": waits.generate / shape.in_a_row}, SEQUENCES, _never)
         plane = ObjectStorePlane(fleet, verify=True, tolerance=1.0, deadline=600.0)
         group = ClockedGroup(learner, config)
         return assemble(config, shape, run_dir, (fleet, pool, group, plane, fleet)), config, group
@@ -220,8 +218,7 @@ def assemble(config: RunConfig, shape: Shape, run_dir: Path, ports: tuple[Any, A
     """The real source, ledger, checkpoints and monitor around (generators, judge, learner, plane, fleet)."""
     generators, judge, learner, plane, fleet = ports
     run_dir.mkdir(parents=True)
-    # A whole epoch is never over: each round draws prompts that were not drawn before.
-    order = PromptOrder(make_prompts(shape.prompts * shape.rounds), config.seed)
+    order = PromptOrder(make_prompts(shape.prompts), config.seed)
     ledger = Ledger(run_dir)
     console = ConsoleSink(Console(file=(run_dir / "console.txt").open("w")), shape.rounds)
     monitor = MonitorGroup(JsonlSink(run_dir), console)

@@ -91,7 +91,8 @@ def prompt(text: str, path: Path) -> Prompt:
 
 
 def sample(generator: Any, requests: list[SampleRequest]) -> list[Rollout]:
-    found = [ray.get(ref) for ref in generator.sample.options(num_returns="streaming").remote(requests, SAMPLING)]
+    stream = generator.sample.options(num_returns="streaming").remote(requests, SAMPLING)
+    found = [rollout for reference in stream for rollout in ray.get(reference)]
     return sorted(found, key=lambda rollout: (rollout.uid, rollout.k))
 
 

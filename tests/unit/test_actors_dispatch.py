@@ -1,0 +1,54 @@
+"""How work is cut for generators, and how what they give is put together: no Ray."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from actors.calls import in_batches
+from actors.fleet import CHUNK, LARGEST_CHUNK, chunk_size
+
+
+@given(prompts=st.integers(0, 5_000), streams=st.integers(1, 50))
+def test_chunks_cover_a_round_and_shrink_towards_its_end(prompts: int, streams: int) -> None:
+    sizes = []
+    while (left := prompts - sum(sizes)) > 0:
+        sizes.append(chunk_size(left, streams))
+    assert sum(sizes) == prompts
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(CHUNK <= size <= LARGEST_CHUNK for size in sizes[:-1])
+    # No stream takes more than an eighth of an even share, above the smallest chunk.
+    assert all(size <= max(CHUNK, prompts / (8 * streams)) for size in sizes)
+
+
+def test_small_rounds_go_out_in_the_smallest_chunks() -> None:
+    assert [chunk_size(left, 34) for left in (32, 5, 4, 1)] == [CHUNK, CHUNK, CHUNK, 1]
+    assert chunk_size(100_000, 1) == LARGEST_CHUNK
+
+
+async def ends_after(value: int, seconds: float) -> int:
+    await asyncio.sleep(seconds)
+    return value
+
+
+async def test_results_that_end_together_come_together() -> None:
+    tasks = [asyncio.create_task(ends_after(n, 0.3 if n > 6 else 0.0)) for n in range(10)]
+    batches = [sorted(batch) async for batch in in_batches(tasks, 0.1)]
+    assert batches == [list(range(7)), [7, 8, 9]]
+
+
+async def test_without_lingering_a_result_does_not_wait() -> None:
+    tasks = [asyncio.create_task(ends_after(n, n * 0.05)) for n in range(3)]
+    assert [batch async for batch in in_batches(tasks, 0.0)] == [[0], [1], [2]]
+    assert [batch async for batch in in_batches([], 1.0)] == []
+
+
+async def test_a_failed_task_raises() -> None:
+    async def fails() -> int:
+        raise ValueError("no such token")
+
+    tasks = [asyncio.create_task(ends_after(1, 5.0)), asyncio.create_task(fails())]
+    with pytest.raises(ValueError, match="no such token"):
+        await anext(in_batches(tasks, 0.0))
+    tasks[0].cancel()
