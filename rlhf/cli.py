@@ -11,8 +11,10 @@ import typer
 
 from rlhf import __version__
 from rlhf.cli_judge import judge_app
+from rlhf.cli_submit import submit
 from rlhf.config import OfflineConfig, load_run
 from rlhf.errors import RLHFError, naming
+from rlhf.submission import check_environment
 
 app = typer.Typer(
     name="rlhf",
@@ -22,6 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(judge_app, name="judge")
+app.command()(submit)
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key.path=value ...]", help="Keys set over the file, values in YAML.")
@@ -38,6 +41,7 @@ def train(
     """Run to the end, or resume a run directory that is not finished."""
     resolved = load_run(config, overrides or ())
     with naming(config):
+        check_environment(resolved.cluster.env)
         if isinstance(resolved, OfflineConfig):
             importlib.import_module("actors.offline").train_preferences(resolved, fresh=fresh)
         else:

@@ -1,5 +1,6 @@
 """Rounds, weight sync, checkpoints, evaluation, monitoring and the cluster."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -126,3 +127,30 @@ class Cluster(Section):
         description="Ray's folder for sockets and logs of a local cluster; must be short. Null takes a fresh one under "
         "the system's temp folder.",
     )
+    shared: tuple[str, ...] = Field(
+        (),
+        description="Folders that every node has under the same path (a mounted volume, NFS). `rlhf submit` refuses a "
+        "path that this machine has outside of them, since the cluster's nodes would not.",
+    )
+    env: tuple[str, ...] = Field(
+        (),
+        description="Names of environment variables that the run needs, such as WANDB_API_KEY: every node has them in "
+        "its own environment (a Kubernetes secret, Slurm's export), and a run stops at its start if its driver does "
+        "not. Values are never sent.",
+    )
+
+    @model_validator(mode="after")
+    def _names_and_folders(self) -> "Cluster":
+        for index, name in enumerate(self.env):
+            # The text is not shown: it may be NAME=secret.
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(
+                    f"cluster.env.{index}: expected the name of an environment variable (letters, digits, _) without "
+                    "its value"
+                )
+        for index, folder in enumerate(self.shared):
+            if not folder.startswith("/"):
+                raise ValueError(
+                    f"cluster.shared.{index} {folder!r}: expected an absolute path, the same on every node"
+                )
+        return self
