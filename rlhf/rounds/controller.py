@@ -122,8 +122,7 @@ async def publish(system: System, version: int) -> SyncReport:
         return SyncReport(version, 0.0, 0, (), {}, 0.0)
     manifest = await system.learner.manifest(version)
     report = await system.plane.publish(manifest, system.fleet.members())
-    for member in report.served:
-        await system.fleet.admit(member, version)
+    await asyncio.gather(*(system.fleet.admit(member, version) for member in report.served))
     for member, reason in report.failed.items():
         await system.fleet.suspend(member)
         system.monitor.alert(f"{member} does not serve version {version}: {reason}")
