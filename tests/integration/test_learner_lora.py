@@ -59,6 +59,7 @@ def run_case(folder, name, settings, rank, world_size, port):
     result["steps"] = [report.metrics for report in learner.train(make_round(1, 9))]
     result["statistics"] = learner.statistics()
     result["weights"] = weights()
+    result["adapters"] = dict(learner.export_adapters())
     result["moments"] = moments(learner._engine._engine.optimizer)
     result["trainable"] = [getattr(p, "ds_numel", p.numel()) for p in learner._model.parameters() if p.requires_grad]
     result["reference"] = learner.reference.score(make_round(1, 9).pairs)
@@ -234,6 +235,21 @@ def test_modules_to_save_train_in_full(results, name):
     assert "model.layers.0.input_layernorm.weight" not in moved
     for key, value in results["saved"]["weights"].items():
         torch.testing.assert_close(found["weights"][key], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_adapters_alone_are_whole_and_make_the_merged_weights(folder, results, name):
+    found, base = results[name], base_model(folder).state_dict()
+    layers = [key for key in found["weights"] if any(target in key for target in LORA["target_modules"])]
+    adapters = {key.removeprefix("base_model.model."): value for key, value in found["adapters"].items()}
+    parts = {f"{layer.removesuffix('.weight')}.lora_{part}.weight" for layer in layers for part in "AB"}
+    assert adapters.keys() == parts
+    for layer in layers:
+        a, b = (adapters[f"{layer.removesuffix('.weight')}.lora_{part}.weight"] for part in "AB")
+        assert a.shape[0] == b.shape[1] == LORA["rank"]
+        dtype = found["weights"][layer].dtype
+        merged = (base[layer].to(dtype).float() + 3 * (b.float() @ a.float())).to(dtype)
+        torch.testing.assert_close(found["weights"][layer], merged, rtol=0, atol=0 if dtype.itemsize == 2 else 1e-6)
 
 
 def test_mismatch_is_not_measured_through_dropout(results):
