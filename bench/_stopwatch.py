@@ -35,6 +35,12 @@ class Stopwatch:
 
         return call
 
+    def lap(self) -> dict[str, float]:
+        """Sums by label since the last lap."""
+        found = {label: sum(calls) for label, calls in self.seconds.items()}
+        self.seconds.clear()
+        return found
+
     async def _awaited(self, coroutine: Any, label: str, started: float) -> Any:
         try:
             return await coroutine
