@@ -82,7 +82,7 @@ def launch(cluster: None, tiny_model: Path) -> Any:
         spec = EngineSpec(
             model=str(tiny_model),
             dtype="float32",
-            max_length=256,
+            max_length=1024,
             tensor_parallel=1,
             device="cpu",
             seed=0,
@@ -157,14 +157,14 @@ def test_a_request_ends_under_the_version_it_began_with(generator, tiny_model):
         SampleRequest(prompt("Once upon", tiny_model), (1, 2)),
         SampleRequest(prompt("A cat", tiny_model), (3,)),
     )
-    limits = SAMPLING | {"max_tokens": 200, "ignore_eos": True}
+    limits = SAMPLING | {"max_tokens": 600, "ignore_eos": True}
     stream = generator.sample.options(num_returns="streaming").remote([long], limits)
-    # The second response of the actor's queue comes after the first call has put its requests into the engine.
+    # Calls start in their order: once the second has ended, the first has its requests in the engine.
     first = sample(generator, [short])
     assert update(generator, after.manifest(21)) < 1e-4
     assert len(ray.get(generator.held.remote())) == SLOTS
-    rollouts = [rollout for reference in stream for rollout in ray.get(reference)]
-    assert {len(rollout.token_ids) for rollout in rollouts} == {200}
+    rollouts = [rollout for reference in stream for rollout in ray.get(reference, timeout=60)]
+    assert {len(rollout.token_ids) for rollout in rollouts} == {600}
     assert_under(before, long, rollouts, 20)
     assert_under(before, short, first, 20)
     assert_under(after, short, sample(generator, [short]), 21)
