@@ -139,7 +139,7 @@ class TimedLearner:
         self._spans: list[tuple[float, float]] = []
         self._step = 0
 
-    def train(self, sealed: SealedRound) -> Iterator[StepReport]:
+    def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> Iterator[StepReport]:
         """Equal steps over the round's pairs."""
         started = time.monotonic()
         for number in range(STEPS):
@@ -174,10 +174,10 @@ class ClockedGroup(LearnerGroup):
         self.handle = handle
         self.called: list[float] = []
 
-    async def train(self, sealed: SealedRound) -> AsyncIterator[StepReport]:
+    async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """As the real group does."""
         self.called.append(time.monotonic())
-        async for report in super().train(sealed):
+        async for report in super().train(sealed, others):
             yield report
 
 
