@@ -42,9 +42,9 @@ class Sync(Section):
     lora: Literal["merged", "adapters"] = Field(
         "merged",
         description="With learner.lora, what is sent. merged: all weights, with the adapters merged in fp32. adapters: "
-        "the adapters alone, megabytes in place of gigabytes; vLLM serves them beside the base weights, which costs it "
-        "some speed. They go through the object store, have no modules_to_save and a rank of 512 at most, and on GPUs "
-        "policy.dtype is bfloat16.",
+        "the adapters alone, megabytes in place of gigabytes; vLLM serves them beside the base weights, which slows "
+        "sampling: little on GPUs, several times on a CPU. They go through the object store, have no modules_to_save "
+        "and a rank of 512 at most, and on GPUs policy.dtype is bfloat16.",
     )
     verify: bool = Field(
         True, description="Checksum the payload and probe the engine's log-probs before a version serves."
