@@ -1,11 +1,13 @@
 """Jobs of a Ray cluster, over its job API: submit, follow, look after. Loaded by name when `rlhf submit` runs."""
 
 import asyncio
+import logging
 import os
 import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -20,8 +22,9 @@ from rlhf.errors import InputError, RLHFError
 from rlhf.submission import CONFIG, Bundle
 
 CONNECT_S = 5.0
+FIRST_ANSWER_S = 8.0
 ANSWER_S = 60.0
-"""Seconds for a connection and for an answer; Ray's client would wait for ever."""
+"""Seconds for a connection, for its first answer and for others; Ray's client would wait for ever."""
 
 POLL_S = 2.0
 REPORT_S = 10.0
@@ -33,20 +36,33 @@ DRAIN_S = 10.0
 """Seconds for the rest of the log of a job that has ended."""
 
 STOPPED_CODE = 143
+
+for _name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+    logging.getLogger(f"ray.{_name}").setLevel(logging.WARNING)  # They tell of uploads and closed connections.
 _LONGEST_MESSAGE = 600
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and where it was found."""
+
+    text: str = field(repr=False)
+    source: str
 
 
 class Client(JobSubmissionClient):
     """Ray's client with deadlines, and with `address` in place of what the environment says."""
 
-    def __init__(self, address: str, token: str | None):
-        self.has_token = token is not None
+    def __init__(self, address: str, token: Token | None):
+        self.token_source = token.source if token else None
+        self._patience = FIRST_ANSWER_S
         # Ray lets this variable win over the argument.
         os.environ["RAY_API_SERVER_ADDRESS"] = address
-        super().__init__(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+        super().__init__(address, headers={"Authorization": f"Bearer {token.text}"} if token else None)
+        self._patience = ANSWER_S
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
-        return super()._do_request(method, endpoint, timeout=(CONNECT_S, ANSWER_S), **options)
+        return super()._do_request(method, endpoint, timeout=(CONNECT_S, self._patience), **options)
 
 
 def connect(address: str) -> Client:
@@ -56,30 +72,30 @@ def connect(address: str) -> Client:
     answers within seconds.
     """
     url, token = _url(address), read_token()
-    with _speaking(url, token is not None):
+    with _speaking(url, token.source if token else None):
         return Client(url, token)
 
 
-def read_token() -> str | None:
+def read_token() -> Token | None:
     """The token of Ray's clients: `RAY_AUTH_TOKEN`, the file at `RAY_AUTH_TOKEN_PATH`, `~/.ray/auth_token`; or none.
 
     Read here, because Ray's own loader ends the process where the file cannot be read. Raises `InputError`.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() == "disabled":
         return None
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
+    if text := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return Token(text, "RAY_AUTH_TOKEN")
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
     file = Path(named) if named else Path.home() / ".ray" / "auth_token"
     try:
-        token = file.read_text(encoding="utf-8").strip()
+        text = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         if not named:
             return None
         raise InputError(f"RAY_AUTH_TOKEN_PATH = {named}: cannot read the token: {error}") from error
-    if named and not token:
+    if named and not text:
         raise InputError(f"RAY_AUTH_TOKEN_PATH = {named}: the file is empty; it holds the cluster's token")
-    return token or None
+    return Token(text, str(file)) if text else None
 
 
 def submit(client: Client, run: str, bundle: Bundle, save_s: int, *, fresh: bool = False) -> str:
@@ -280,20 +296,20 @@ def _url(address: str) -> str:
 
 @contextmanager
 def _talking(client: Client) -> Iterator[None]:
-    with _speaking(str(client.get_address()), client.has_token):
+    with _speaking(str(client.get_address()), client.token_source):
         yield
 
 
 @contextmanager
-def _speaking(url: str, has_token: bool) -> Iterator[None]:
+def _speaking(url: str, token_source: str | None) -> Iterator[None]:
     """Turn what a cluster refuses, and a cluster that is not there, into one line that says what to do."""
     try:
         yield
     except AuthenticationError as error:
         where = "RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
         text = (
-            f"the cluster refused the token; put the one it was started with into {where}"
-            if has_token
+            f"the cluster refused the token of {token_source}; put the one it was started with into {where}"
+            if token_source
             else f"the cluster asks for a token and none was found; put it into {where}"
         )
         raise InputError(f"--address {url}: {text}") from error

@@ -38,6 +38,7 @@ steps=()
 end_steps() {
     ((${#steps[@]} == 0)) || kill "${steps[@]}" 2>/dev/null || true
     wait || true
+    rm -rf "/tmp/rlhf-$SLURM_JOB_ID"
 }
 trap end_steps EXIT
 

@@ -10,9 +10,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import requests
 import yaml
@@ -36,7 +38,9 @@ class Cluster:
     address: str
     environment: dict[str, str]
 
-    def submit(self, *arguments: str, timeout: float = 60, **environment: str | None) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, *arguments: str, timeout: float = 60, **environment: str | None
+    ) -> subprocess.CompletedProcess[str]:
         changed = self.environment | {name: value for name, value in environment.items() if value is not None}
         for name, value in environment.items():
             if value is None:
@@ -102,19 +106,13 @@ def answers(address: str) -> bool:
 
 
 def end(head: subprocess.Popen[bytes], temp: Path) -> None:
-    """Ray's processes detach; those of this head, and no others, name its temporary folder or its session."""
-    import psutil
-
-    ours = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-    head.send_signal(signal.SIGTERM)
-    try:
-        head.wait(20)
-    except subprocess.TimeoutExpired:
-        head.kill()
-        head.wait()
-    _, alive = psutil.wait_procs(ours, timeout=10)
-    for process in alive:
-        process.kill()
+    """End the head and what descends from it, and nothing else; `ray stop` would end every Ray of this machine."""
+    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    head.wait()
+    psutil.wait_procs(processes, timeout=10)
     shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -150,3 +148,111 @@ def test_a_followed_job_runs_to_its_end(followed, run: System) -> None:
     # The prompts of this machine travelled with the job.
     assert config["prompts"]["path"].startswith("inputs/")
     assert config["cluster"]["address"] == "auto"
+
+
+def test_status_and_log_of_an_ended_job(followed, cluster: Cluster) -> None:
+    job = followed.stdout.splitlines()[0]
+    status = cluster.submit("--status", job, "--address", cluster.address)
+    assert status.returncode == 0
+    assert status.stdout.startswith(f"{job}: SUCCEEDED; run tiny (config ")
+    assert status.stdout.count("\n") == 1
+    logs = cluster.submit("--logs", job, "--address", cluster.address)
+    assert logs.stdout == followed.stdout.partition("\n")[2]
+    again = cluster.submit("--logs", job, "--follow", "--address", cluster.address)
+    assert (again.returncode, again.stdout) == (0, logs.stdout)
+    stopped = cluster.submit("--stop", job, "--address", cluster.address)
+    assert (stopped.returncode, stopped.stdout) == (0, f"{job}: SUCCEEDED already\n")
+
+
+def test_no_secret_is_in_what_the_cluster_tells_of_a_job(followed, cluster: Cluster) -> None:
+    token = cluster.environment["RAY_AUTH_TOKEN"]
+    answer = requests.get(f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=10)
+    assert followed.stdout.splitlines()[0] in answer.text
+    assert SECRET not in answer.text
+    assert token not in answer.text
+
+
+def test_the_exit_code_is_the_jobs(cluster: Cluster, run: System) -> None:
+    config = str(run.folder / "config.yaml")
+    done = cluster.submit(config, "cluster.env=[RLHF_NOT_THERE]", "--address", cluster.address, "--follow")
+    assert done.returncode == 2, done.stderr
+    # The job's own one line stands in its log, and the last line tells what became of the job.
+    assert "rlhf: config.yaml: cluster.env: RLHF_NOT_THERE not set" in done.stdout
+    assert "FAILED" in done.stderr.splitlines()[-1]
+    assert "exit code 2" in done.stderr.splitlines()[-1]
+
+
+def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(cluster: Cluster, run: System) -> None:
+    config = str(run.folder / "config.yaml")
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "rlhf.cli", "submit", config, "name=stopped", "--address", cluster.address, "--follow"],
+        env=cluster.environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        assert follower.stdout is not None
+        job = follower.stdout.readline().strip()
+        assert job.startswith("rlhf-stopped-")
+        follower.stdout.readline()  # The log has begun: the job runs.
+        follower.send_signal(signal.SIGINT)
+        _, error = follower.communicate(timeout=30)
+    finally:
+        follower.kill()
+    assert follower.returncode == 130
+    assert error.count("\n") == 1
+    assert f"the job runs on: `rlhf submit --logs {job} --follow --address {cluster.address}` follows it" in error
+    at = ("--address", cluster.address)
+    assert "RUNNING" in cluster.submit("--status", job, *at).stdout
+    assert cluster.submit("--stop", job, *at).returncode == 0
+    ended = cluster.submit("--logs", job, "--follow", *at)
+    assert ended.returncode == 143, ended.stderr
+    assert "STOPPED" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        ("wrong", "the cluster refused the token of RAY_AUTH_TOKEN; put the one"),
+        (None, "asks for a token and none was found; put it into"),
+    ],
+)
+def test_a_wrong_token_and_none(cluster: Cluster, run: System, token: str | None, words: str) -> None:
+    begun = time.monotonic()
+    done = cluster.submit(str(run.folder / "config.yaml"), "--address", cluster.address, RAY_AUTH_TOKEN=token)
+    assert time.monotonic() - begun < 15
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert "RAY_AUTH_TOKEN" in done.stderr
+
+
+def test_a_dead_head(cluster: Cluster, run: System) -> None:
+    address = f"http://127.0.0.1:{free_port()}"
+    begun = time.monotonic()
+    done = cluster.submit(str(run.folder / "config.yaml"), "--address", address, "--follow")
+    assert time.monotonic() - begun < 15
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"rlhf: --address {address}: no Ray dashboard answers there; start the cluster's head (or the port-forward), "
+        "or give the address of one that runs\n"
+    )
+
+
+def test_a_head_that_accepts_and_never_answers(cluster: Cluster, run: System) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = cluster.submit(str(run.folder / "config.yaml"), "--address", address, timeout=30)
+    assert done.returncode == 1
+    assert "no Ray dashboard answers there" in done.stderr
+
+
+def test_an_unknown_job(cluster: Cluster) -> None:
+    done = cluster.submit("--status", "rlhf-none", "--address", cluster.address)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"rlhf: --status rlhf-none: no job of this id at {cluster.address}\n"
