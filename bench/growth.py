@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import psutil
@@ -26,11 +26,13 @@ from _regression import slope, sparkline
 TOKENIZER = "models/smollm2-135m-instruct"
 BLOCK = 8
 POLL_S = 0.2
+LEAST_HEAP = 50e6
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Of all processes of a run. `anonymous` is memory that no file backs: heaps and stacks, where leaks show."""
+    """Of all processes of a run. `anonymous` is memory that no file backs: heaps and stacks, where leaks show;
+    `heaps` are its bytes by process, of those that hold most."""
 
     resident: float
     anonymous: float
@@ -38,9 +40,11 @@ class Usage:
     threads: float
     processes: float
     store: float
+    heaps: dict[str, float] = field(default_factory=dict)
 
 
-UNITS = {"resident": ("MB", 1e6), "anonymous": ("MB", 1e6), "store": ("MB", 1e6)}
+NAMES = tuple(column.name for column in fields(Usage) if column.name != "heaps")
+COUNTS = ("files", "threads", "processes")
 
 
 def make_model(path: Path) -> None:
@@ -92,8 +96,18 @@ def write_config(folder: Path, rounds: int) -> Path:
 
 def usage(processes: Sequence[psutil.Process], store: float) -> Usage:
     """Sums over processes; one that ends meanwhile counts as nothing."""
-    found = [row for process in processes if (row := _usage(process.pid))]
-    return Usage(*(float(sum(column)) for column in zip(*found, strict=True)), processes=len(found), store=store)
+    found = {process: row for process in processes if (row := _usage(process.pid))}
+    sums = (float(sum(column)) for column in zip(*found.values(), strict=True))
+    heaps = {f"{title(process)} {process.pid}": float(row[1]) for process, row in found.items() if row[1] > LEAST_HEAP}
+    return Usage(*sums, processes=len(found), store=store, heaps=heaps)
+
+
+def title(process: psutil.Process) -> str:
+    """What a process calls itself; Ray's workers have their actor's name for a command line."""
+    try:
+        return Path(process.cmdline()[0].split()[0]).name
+    except (psutil.Error, IndexError):
+        return "ended"
 
 
 def _usage(pid: int) -> tuple[int, int, int, int] | None:
@@ -148,14 +162,16 @@ def report(found: Sequence[tuple[int, Usage]], skip: int) -> str:
     """A row for each resource: its mean at the start and at the end, slope with interval, and a plot."""
     kept = [(number, use) for number, use in found if number > skip]
     rounds = [float(number) for number, _ in kept]
+    table = {name: [getattr(use, name) for _, use in kept] for name in NAMES}
+    whole = [name for name in kept[0][1].heaps if all(name in use.heaps for _, use in kept)]
+    table |= {f"anonymous, {name}": [use.heaps[name] for _, use in kept] for name in sorted(whole)}
     lines = [
         f"rounds {kept[0][0]} to {kept[-1][0]}, one reading a round, slopes from means of {BLOCK}\n",
         "| of all processes | first | last | slope a round | 95 % interval | least to most over the rounds |",
         "|" + " --- |" * 6,
     ]
-    columns = zip(*(astuple(use) for _, use in kept), strict=True)
-    for name, values in zip((field.name for field in fields(Usage)), columns, strict=True):
-        unit, scale = UNITS.get(name, ("", 1.0))
+    for name, values in table.items():
+        unit, scale = ("", 1.0) if name in COUNTS else ("MB", 1e6)
         scaled = [value / scale for value in values]
         fit = slope(rounds, scaled, BLOCK)
         ends = [sum(part) / len(part) for part in (scaled[:BLOCK], scaled[-BLOCK:])]
