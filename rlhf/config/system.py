@@ -43,7 +43,7 @@ class Sync(Section):
         "merged",
         description="With learner.lora, what is sent. merged: all weights, with the adapters merged in fp32. adapters: "
         "the adapters alone, megabytes in place of gigabytes; vLLM serves them beside the base weights, which slows "
-        "sampling: little on GPUs, several times on a CPU. They go through the object store, have no modules_to_save "
+        "sampling, on a CPU a great deal. They go through the object store, have no modules_to_save "
         "and a rank of 512 at most, and on GPUs policy.dtype is bfloat16.",
     )
     verify: bool = Field(
