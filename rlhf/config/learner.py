@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from rlhf.config.base import Reserved, Section
 from rlhf.config.lora import Lora
 from rlhf.config.loss import Loss as Loss
+from rlhf.config.offload import Offload, check_offload
 from rlhf.config.trainable import Trainable
 
 ZERO_0_BF16 = (
@@ -102,6 +103,12 @@ class Learner(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass to save memory."
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile each decoder layer: faster steps after the first, which compiles (half a minute of "
+        "CPU time, and a C++ compiler where there is no GPU). Not with zero_stage 3.",
+    )
+    offload: Offload = Field(default_factory=lambda: Offload(), description="What lies in CPU memory instead.")
     max_skipped_steps: int = Field(
         10, ge=1, description="Stop the run after this many steps in a row whose loss or gradient is not finite."
     )
@@ -115,6 +122,16 @@ class Learner(Section):
         if self.batch_size % self.world_size:
             raise ValueError(
                 f"learner.batch_size {self.batch_size} must be a multiple of learner.world_size {self.world_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_fits(self) -> "Learner":
+        check_offload(self.offload, self.zero_stage, self.deepspeed)
+        if self.compile and self.zero_stage == 3:
+            raise ValueError(
+                "learner.compile = true with learner.zero_stage 3: DeepSpeed gathers weights one by one in hooks that "
+                "cannot be compiled, which leaves slower steps than without; use zero_stage 2 or remove compile"
             )
         return self
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from rlhf.config.learner import Learner, Optimizer
 from rlhf.errors import DeadlineError, RLHFError
+from rlhf.learning.compile import compile_layers
 
 TAG = "learner"
 BUCKET = 50_000_000
@@ -85,6 +86,11 @@ def deepspeed_config(learner: Learner, dtype: torch.dtype) -> dict[str, Any]:
             "allgather_bucket_size": BUCKET,
         },
     }
+    # Pinned by default; DeepSpeed's own CPU Adam would have to be compiled when the run starts.
+    if learner.offload.optimizer:
+        generated["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if learner.offload.parameters:
+        generated["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if dtype == torch.bfloat16:
         generated["bf16"] = {"enabled": True}
         # bf16 accumulation, the default, loses small micro-batch gradients.
@@ -144,7 +150,17 @@ class TrainEngine:
         if self.stage == 0:
             return self._plain_step()
         self._engine.step()
-        return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
+        stepped = bool(self._engine.was_step_applied())
+        if not stepped:
+            self._drop_gradients()
+        return float(self._engine.get_global_grad_norm()), stepped
+
+    def _drop_gradients(self) -> None:
+        """With an offloaded optimizer in bf16, ZeRO 1 and 2 keep the fp32 gradients of a step that was not taken: what
+        is not finite there would stay in those of every later step."""
+        kept = getattr(self._engine.optimizer, "averaged_gradients", {})
+        if self.stage < 3:
+            kept.update(dict.fromkeys(kept))
 
     def _plain_step(self) -> tuple[float, bool]:
         """ZeRO 0: gradients are whole and already averaged; DeepSpeed reports no norm and checks nothing."""
@@ -207,6 +223,8 @@ def frozen_engine(module: nn.Module, learner: Learner, dtype: torch.dtype, devic
     moves it.
     """
     module.requires_grad_(False)
+    if learner.compile:
+        compile_layers(module, device)
     offload = learner.reference.offload and device != "cpu"
     if learner.zero_stage < 3:
         return module.to("cpu" if offload else device).eval()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rlhf.errors import RLHFError
 from rlhf.learning.batch import causal_batch
 from rlhf.learning.beta import build_beta
+from rlhf.learning.compile import compile_layers
 from rlhf.learning.engine import TrainEngine, join
 from rlhf.learning.flops import FlopCount, peak_flops
 from rlhf.learning.held_out import HeldOutScores
@@ -85,6 +86,8 @@ class RankLearner:
         layout, note = choose_layout(module, learner, self._device, self._config.policy.path)
         self._say(note)
         self.setup = Setup(learner, self._rank, self._world_size, self._device, dtype, layout)
+        if learner.compile:
+            compile_layers(module, self._device)
         copied = InitialReference(module, self.setup) if needs_copy(learner) else None
         trainable = list(self._parametrisation.trainable(module))
         self._trained_share = sum(p.numel() for _, p in trainable) / sum(p.numel() for p in module.parameters())
