@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from rich.console import Console
 
-from actors.fleet import CHUNK, GeneratorFleet
+from actors.fleet import GeneratorFleet
 from actors.judge import JudgePool
 from actors.learner import LearnerGroup
 from actors.weights.plane import ObjectStorePlane
@@ -46,6 +46,9 @@ from rlhf.rounds.online import OnlineSource
 MAX_ACTORS = 16
 SEQUENCES = 8
 """Responses that a simulated generator works on at once: two chunks of prompts with two responses each."""
+
+CHUNK = 4
+"""Prompts that a generator's stream takes at a time in a small round."""
 
 STEPS = 4
 TOKENS = 16
@@ -103,6 +106,7 @@ class TimedGenerator:
 
     def __init__(self) -> None:
         self._version = 0
+        self._asked = 0
 
     async def sample(self, requests: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Any]:
         """Sleep for each prompt's share of the round, then give every response."""
@@ -117,6 +121,11 @@ class TimedGenerator:
     async def version(self) -> int:
         """The newest version."""
         return self._version
+
+    async def progress(self) -> int:
+        """More than when it was last asked: a sleeper is not stuck."""
+        self._asked += 1
+        return self._asked
 
 
 class TimedJudge:
@@ -173,10 +182,12 @@ class ClockedGroup(LearnerGroup):
         super().__init__([handle], config.cluster.deadlines, ())
         self.handle = handle
         self.called: list[float] = []
+        self.cpu: list[float] = []
 
     async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """As the real group does."""
         self.called.append(time.monotonic())
+        self.cpu.append(time.process_time())
         async for report in super().train(sealed, others):
             yield report
 

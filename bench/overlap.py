@@ -8,7 +8,8 @@ fleet, judge pool and weight plane are the real ones. Needs no model; about thre
 `idle`: the share of the time in which the learner does not train, for generation faster than, as fast as and slower
 than learning. `generators` and `prompts`: all waits are zero, so a round is what the loop costs. Writing, hashing and
 reading back a round's files and handing its pairs to the learner's actor grow with the data whatever the loop does, and
-stand in columns of their own.
+stand in columns of their own. Here all the actors share the driver's cores, which they do not elsewhere: the driver's
+own processor time (all its threads, the files' too) is the last column.
 """
 
 import argparse
@@ -17,10 +18,11 @@ import itertools
 import json
 import statistics
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from _standins import MAX_ACTORS, Shape, StandIns, Waits
+import ray
+from _standins import MAX_ACTORS, ClockedGroup, Shape, StandIns, Waits
 from _stopwatch import Stopwatch
 
 from actors.cluster import connect
@@ -34,13 +36,31 @@ PROMPTS = (32, 100, 1_000, 10_000, 100_000)
 PARTS = ("idle", "generators", "prompts")
 
 
+Spans = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a round without waits: all of it, its files, handing its pairs over, and the driver's processor."""
+
+    round: float
+    files: float
+    handed: float
+    processor: float
+
+    @property
+    def loop(self) -> float:
+        """What is neither files nor hand-over."""
+        return self.round - self.files - self.handed
+
+
 def events(run_dir: Path, kind: str) -> list[dict[str, float]]:
     """The lines of one kind in metrics.jsonl."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [event for line in lines if (event := json.loads(line))["event"] == kind]
 
 
-def idle_share(spans: list[tuple[float, float]]) -> float:
+def idle_share(spans: Spans) -> float:
     """Share of the time between the first training's start and the last one's end in which none ran."""
     busy = sum(end - start for start, end in spans)
     return 1.0 - busy / (spans[-1][1] - spans[0][0])
@@ -62,7 +82,7 @@ def idle_table(standins: StandIns, folder: Path, rounds: int) -> None:
             shape = Shape(prompts=64, rounds=rounds, lookahead=lookahead)
             sampled = replace(waits, generate=ratio * LEARN_S - waits.judge)
             run_dir = folder / f"idle-{lookahead}-{ratio}"
-            spans = run(standins, shape, sampled, run_dir)[1]
+            _, spans = run(standins, shape, sampled, run_dir)
             # The first round is always waited for.
             waiting = statistics.median(event["timing_s/idle"] for event in events(run_dir, "round")[1:])
             least = least_idle(ratio * LEARN_S, LEARN_S, lookahead)
@@ -70,26 +90,21 @@ def idle_table(standins: StandIns, folder: Path, rounds: int) -> None:
             print(f"| {ratio * LEARN_S:.1f} | {lookahead} | {idle:.1%} | {least:.1%} | {waiting:.3f} |", flush=True)
 
 
-def run(
-    standins: StandIns, shape: Shape, waits: Waits, run_dir: Path
-) -> tuple[list[float], list[tuple[float, float]], list[float]]:
-    """Run the loop to its end: when each round ended, when the learner trained, and how long pairs took to reach it."""
-    import ray
-
+def run(standins: StandIns, shape: Shape, waits: Waits, run_dir: Path) -> tuple[ClockedGroup, Spans]:
+    """Run the loop to its end: the learner's driver side, and when its actor trained."""
     system, config, learner = standins.system(shape, waits, run_dir)
     asyncio.run(run_rounds(system, config))
-    spans = ray.get(learner.handle.spans.remote())
-    ends = [event["time"] for event in events(run_dir, "round")]
-    return ends, spans, [start - called for called, (start, _) in zip(learner.called, spans, strict=True)]
+    return learner, ray.get(learner.handle.spans.remote())
 
 
-def overhead(standins: StandIns, shape: Shape, run_dir: Path, watch: Stopwatch) -> tuple[float, float, float]:
-    """Median seconds of a round without waits, of its files, and of handing its pairs over; the first is left out."""
+def overhead(standins: StandIns, shape: Shape, run_dir: Path, watch: Stopwatch) -> Cost:
+    """Medians over the rounds but the first; a round lasts from one call of the learner to the next."""
     watch.seconds.clear()
-    ends, _, handed = run(standins, shape, Waits(), run_dir)
+    learner, spans = run(standins, shape, Waits(), run_dir)
     files = [sum(calls) for calls in zip(*watch.seconds.values(), strict=True)]
-    walls = [end - start for start, end in itertools.pairwise(ends)]
-    return statistics.median(walls), statistics.median(files[1:]), statistics.median(handed[1:])
+    handed = [start - called for called, (start, _) in zip(learner.called, spans, strict=True)]
+    walls, cpu = ([end - start for start, end in itertools.pairwise(times)] for times in (learner.called, learner.cpu))
+    return Cost(*(statistics.median(seconds) for seconds in (walls, files[1:], handed[1:], cpu)))
 
 
 def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> list[tuple[int, float]]:
@@ -97,17 +112,16 @@ def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> lis
     watch = Stopwatch()
     for name in ("_write", "seal_pairs", "read_sealed"):
         watch.wrap(online, name, name)
-    print("| generators | prompts | round, ms | files, ms | hand-over, ms | loop, ms | loop, µs a prompt |")
+    print("| generators | prompts | round, ms | files, ms | hand-over, ms | loop, ms | driver's processor, ms |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     found = []
     for shape in shapes:
         run_dir = folder / f"overhead-{shape.generators}-{shape.prompts}"
-        total, files, handed = overhead(standins, shape, run_dir, watch)
-        loop = total - files - handed
-        cells = [f"{seconds * 1e3:.1f}" for seconds in (total, files, handed, loop)]
-        cells.append(f"{loop / shape.prompts * 1e6:.0f}")
-        print(f"| {shape.generators} | {shape.prompts} | " + " | ".join(cells) + " |", flush=True)
-        found.append((shape.prompts, loop))
+        cost = overhead(standins, shape, run_dir, watch)
+        seconds = (cost.round, cost.files, cost.handed, cost.loop, cost.processor)
+        cells = " | ".join(f"{each * 1e3:.1f}" for each in seconds)
+        print(f"| {shape.generators} | {shape.prompts} | {cells} |", flush=True)
+        found.append((shape.prompts, cost.loop))
     return found
 
 
