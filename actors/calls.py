@@ -11,20 +11,28 @@ from rlhf.errors import DeadlineError, RLHFError
 T = TypeVar("T")
 
 
-async def within(call: Awaitable[T], deadline: float, what: str) -> T:
-    """The call's result; raises `DeadlineError` naming `what` after `deadline` seconds.
+class ActorDiedError(RLHFError):
+    """The actor that was called is gone, or cannot be reached."""
 
-    An `RLHFError` raised in an actor comes out as itself; a dead actor as an `RLHFError` that names it.
+
+class NoAnswerError(DeadlineError):
+    """The actor that was called did not answer in time."""
+
+
+async def within(call: Awaitable[T], deadline: float, what: str) -> T:
+    """The call's result; raises `NoAnswerError` naming `what` after `deadline` seconds.
+
+    An `RLHFError` raised in an actor comes out as itself; a dead actor as an `ActorDiedError` that names it.
     """
     try:
         async with asyncio.timeout(deadline):
             return await call
     except TimeoutError:
-        raise DeadlineError(f"{what} did not end within {deadline:.0f} s") from None
+        raise NoAnswerError(f"{what} did not end within {deadline:.0f} s") from None
     except ray.exceptions.RayTaskError as error:
         raise unwrap(error) from error
     except ray.exceptions.RayActorError as error:
-        raise RLHFError(f"{what}: the actor died: {_first_line(error)}") from error
+        raise ActorDiedError(f"{what}: the actor died: {first_line(error)}") from error
 
 
 async def all_within(calls: Sequence[Awaitable[T]], deadline: float, what: str) -> list[T]:
@@ -53,6 +61,7 @@ def unwrap(error: ray.exceptions.RayTaskError) -> BaseException:
     return cause if isinstance(cause, RLHFError) else error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The line of a Ray error that says what happened: the last one that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

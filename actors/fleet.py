@@ -1,32 +1,51 @@
-"""The generator fleet: hands prompts to whichever replica is free, and lets a replica serve only what it proved."""
+"""The generator fleet: who serves, who is started again, and what is sampled meanwhile.
+
+A member serves only a version that it has proved. One that dies, or has work and gives no token for a while, is
+started again in the background, out of a budget that judges share. It comes back STALE, gets the served version from
+the weight plane, proves it, and takes part in whatever is being sampled then.
+"""
 
 import asyncio
-from collections import deque
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from actors.calls import unwrap, within
-from rlhf.errors import DeadlineError, RLHFError
+from actors.calls import ActorDiedError, NoAnswerError, first_line, within
+from actors.dispatch import Dispatch
+from rlhf.errors import DeadlineError, EngineLostError, RLHFError
+from rlhf.health import RUNNING, SERVING, Clock, Health, RestartBudget, State
 from rlhf.records import Rollout, SampleRequest
-
-CHUNK = 4
-"""Prompts a stream takes at the end: few, so that the slowest replica does not end the round late."""
-
-LARGEST_CHUNK = 64
-"""Prompts a stream takes at most."""
-
 
 ADMIT_S = 60.0
 """Seconds in which an engine must say which version it has proved."""
 
+TOKEN_S = 300.0
+"""`cluster.deadlines.token` where nothing else is said."""
+
+LONGEST_POLL_S = 15.0
+LONGEST_PAUSE_S = 60.0
+"""Before a start is tried again: what made it fail, such as memory that is not free yet, may pass."""
+
+CatchUp = Callable[[str], Awaitable[RLHFError | None]]
+"""Brings a member that was started again to the served version and admits it; returns why it could not."""
+
+
+@dataclass(eq=False)
+class _Member:
+    """One place in the fleet. `handle` is its present process; `streams` are what that works on."""
+
+    name: str
+    handle: Any
+    health: Health
+    streams: int = 0
+    tokens: int | None = None
+
 
 class GeneratorFleet:
-    """The `Generators` and `Fleet` ports over generator actors.
-
-    A member is STALE (present, not serving) until it is admitted with a version that it has proved.
-    """
+    """The `Generators` and `Fleet` ports over generator actors."""
 
     def __init__(
         self,
@@ -34,54 +53,117 @@ class GeneratorFleet:
         sampling: dict[str, Any],
         sequences: int,
         restart: Callable[[str], Awaitable[Any]],
+        budget: RestartBudget | None = None,
+        token_s: float = TOKEN_S,
+        alert: Callable[[str], None] = lambda message: None,
+        publishes_meanwhile: bool = False,
+        clock: Clock = time.monotonic,
     ):
-        self._handles = dict(handles)
+        """`restart` puts a new actor in a member's place; each one takes from `budget` and is told to `alert`.
+
+        `publishes_meanwhile` says that a version may be published while a round is sampled.
+        """
+        self._budget = budget or RestartBudget(5, 3600.0, clock)
+        self._members = {
+            name: _Member(name, handle, Health(self._budget, token_s, clock)) for name, handle in handles.items()
+        }
         self._sampling = sampling
         self._sequences = sequences
         self._restart = restart
-        self._serving: dict[str, int] = {}
+        self._token_s = token_s
+        self._poll_s = min(LONGEST_POLL_S, token_s / 8)
+        self._alert = alert
+        self._publishes_meanwhile = publishes_meanwhile
+        self._dispatches: set[Dispatch] = set()
+        self._watcher: asyncio.Task[None] | None = None
+        self._recoveries: dict[str, asyncio.Task[None]] = {}
+        self._version: int | None = None
+        self._reported = 0
+        self.catch_up: CatchUp | None = None
+        """Set by the weight plane; without it a member that was started again waits for the next version."""
 
     def members(self) -> list[str]:
-        """Ids of all members, serving or not."""
-        return list(self._handles)
+        """Ids of all members, serving or not; of retired ones only when no other is left."""
+        left = [name for name, member in self._members.items() if member.health.state != State.RETIRED]
+        return left or list(self._members)
+
+    def running(self) -> list[str]:
+        """Ids of the members that have a process."""
+        return [name for name, member in self._members.items() if member.health.state in RUNNING]
+
+    def state(self, member: str) -> State:
+        """The member's health."""
+        return self._members[member].health.state
 
     def handle(self, member: str) -> Any:
         """The member's actor."""
-        return self._handles[member]
+        return self._members[member].handle
+
+    def metrics(self) -> dict[str, float]:
+        """fleet/members that serve, fleet/restarts (of judges too) since this was last asked."""
+        serving = sum(member.health.state in SERVING for member in self._members.values())
+        restarts, self._reported = self._budget.taken - self._reported, self._budget.taken
+        return {"fleet/members": float(serving), "fleet/restarts": float(restarts)}
 
     async def admit(self, member: str, version: int) -> None:
-        """Let a member serve; it is asked which version it has proved, since only the engine can know."""
-        proved = await within(self._handles[member].version.remote(), ADMIT_S, f"{member}: version")
+        """Let a member serve; it is asked which version it has proved, since only the engine can know.
+
+        One that has died meanwhile is started again instead.
+        """
+        found = self._members[member]
+        handle = found.handle
+        try:
+            proved = await within(handle.version.remote(), ADMIT_S, f"{member}: version")
+        except (ActorDiedError, NoAnswerError) as error:
+            self.lost(member, str(error), handle)
+            return
         if proved != version:
             raise RLHFError(f"{member} cannot be admitted with version {version}: it has proved {proved}")
-        self._serving[member] = version
+        if version != self._version:
+            self._version = version
+            for each in self._members.values():
+                each.health.published(version)
+        if found.handle is handle and found.health.proved(version):
+            self._join(member)
 
     async def suspend(self, member: str) -> None:
         """Make a member STALE: it serves nothing until it is admitted again."""
-        self._serving.pop(member, None)
+        self._members[member].health.overtaken()
 
-    async def replace(self, member: str) -> None:
-        """Put a new actor in a member's place; it is STALE until admitted."""
-        self._serving.pop(member, None)
-        self._handles[member] = await self._restart(member)
+    async def replace(self, member: str, reason: str = "replaced") -> None:
+        """Put a new actor in a member's place; it is STALE until admitted. Raises `RLHFError` if it cannot be done."""
+        found = self._members[member]
+        recovery = self._recoveries.get(member)
+        if recovery is None and found.health.state in RUNNING:
+            self._drop(found, reason)
+            recovery = self._recover(found, catch_up=False)
+        if recovery:
+            await asyncio.shield(recovery)
+        if found.health.state == State.RETIRED:
+            raise RLHFError(f"{member}: {found.health.reason}")
+
+    async def recovered(self) -> None:
+        """Wait until nobody is being started again."""
+        while self._recoveries:
+            await asyncio.wait(list(self._recoveries.values()))
 
     async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
-        """Yield responses as they end, from all serving members at once."""
-        if not self._serving:
-            raise RLHFError("no generator serves a proved version")
-        waiting = deque(requests)
-        results: asyncio.Queue[list[Rollout] | BaseException] = asyncio.Queue()
-        expected = sum(len(request.seeds) for request in requests)
-        largest = max((len(request.seeds) for request in requests), default=1)
-        streams = max(1, -(-self._sequences // (CHUNK * largest)) + 1)
-        # Every member before any gets a second stream, and no stream without a chunk.
-        members = [member for _ in range(streams) for member in self._serving][: -(-len(requests) // CHUNK)]
-        workers = [asyncio.create_task(self._work(member, waiting, len(members), results)) for member in members]
+        """Yield responses as they end, from all serving members at once.
+
+        While nobody serves but somebody is being started again it waits. Raises `RLHFError` when nobody can serve any
+        more, `DeadlineError` after `deadline` seconds.
+        """
+        dispatch = Dispatch(self, requests, self._sampling, self._sequences)
+        self._dispatches.add(dispatch)
+        if self._watcher is None:
+            self._watcher = asyncio.create_task(self._watch())
         try:
+            self._tell_if_hopeless()
+            dispatch.start()
             async with asyncio.timeout(deadline):
                 received = 0
-                while received < expected:
-                    item = await results.get()
+                while received < dispatch.expected:
+                    item = await dispatch.results.get()
                     if isinstance(item, BaseException):
                         raise item
                     received += len(item)
@@ -89,38 +171,157 @@ class GeneratorFleet:
                         yield rollout
         except TimeoutError:
             raise DeadlineError(
-                f"generators {', '.join(self._serving)}: not all of {expected} responses came within {deadline:.0f} s"
+                f"generators: not all of {dispatch.expected} responses came within {deadline:.0f} s; {self._states()}"
             ) from None
         finally:
-            for worker in workers:
-                worker.cancel()
+            self._dispatches.discard(dispatch)
+            dispatch.close()
+            if not self._dispatches and self._watcher:
+                self._watcher.cancel()
+                self._watcher = None
 
-    async def _work(
-        self,
-        member: str,
-        waiting: deque[SampleRequest],
-        streams: int,
-        results: "asyncio.Queue[list[Rollout] | BaseException]",
-    ) -> None:
-        """Take chunks until none is left; a failure goes to the reader, which ends the round."""
+    # What a dispatch asks for.
+
+    def taking(self) -> list[str]:
+        """Members that may be given new work."""
+        return [name for name, member in self._members.items() if member.health.state == State.HEALTHY]
+
+    def takes(self, member: str) -> bool:
+        """May this member be given new work?"""
+        return self._members[member].health.state == State.HEALTHY
+
+    def begin(self, member: str) -> Any:
+        """A stream to the member begins; returns its handle."""
+        found = self._members[member]
+        found.streams += 1
+        found.health.working()
+        return found.handle
+
+    def heard(self, member: str, handle: Any) -> None:
+        """The member's process gave responses."""
+        found = self._members[member]
+        if found.handle is handle:
+            self._answered(found)
+
+    def end(self, member: str, handle: Any) -> None:
+        """A stream to the member's process ended, however it did."""
+        found = self._members[member]
+        if found.handle is handle:
+            found.streams -= 1
+            if not found.streams:
+                found.health.idle()
+
+    def lost(self, member: str, reason: str, handle: Any) -> None:
+        """The process behind `handle` is gone or useless: another one takes its place, in the background."""
+        found = self._members[member]
+        if found.handle is handle and found.health.state in RUNNING:
+            self._drop(found, reason)
+            self._recover(found)
+
+    def _answered(self, member: _Member) -> None:
+        before = member.health.state
+        member.health.answered()
+        if before == State.SUSPECT:
+            self._join(member.name)
+
+    def _join(self, member: str) -> None:
+        for dispatch in self._dispatches:
+            dispatch.join(member)
+
+    def _drop(self, member: _Member, reason: str) -> None:
+        """Count the member's process as dead. News of it can still come, and are told by its handle."""
+        member.health.died(reason)
+        member.handle, member.streams, member.tokens = None, 0, None
+        for dispatch in self._dispatches:
+            dispatch.leave(member.name)
+
+    def _recover(self, member: _Member, catch_up: bool = True) -> "asyncio.Task[None]":
+        """Start a member again, in the background; `catch_up` brings it to the served version."""
+        task = asyncio.create_task(self._come_back(member, catch_up))
+        self._recoveries[member.name] = task
+
+        def ended(task: "asyncio.Task[None]") -> None:
+            self._recoveries.pop(member.name, None)
+            if not task.cancelled() and (error := task.exception()):
+                self._tell(error)
+            self._tell_if_hopeless()
+
+        task.add_done_callback(ended)
+        return task
+
+    async def _come_back(self, member: _Member, catch_up: bool) -> None:
+        while await self._revive(member) and catch_up and self.catch_up:
+            handle = member.handle
+            error = await self.catch_up(member.name)
+            if not isinstance(error, EngineLostError):
+                if error:
+                    self._alert(f"{member.name} waits for the next version: {error}")
+                return
+            if member.handle is handle and member.health.state in RUNNING:
+                self._drop(member, str(error))
+
+    async def _revive(self, member: _Member) -> bool:
+        """Start a new process until one is there; False, and the member retired, when the budget is spent first."""
+        pause = 0.0
+        while member.health.state == State.DEAD:
+            reason = member.health.reason
+            if not member.health.begin_restart():
+                member.health.retire(f"{reason}; the restarts are spent (cluster.restarts: {self._budget})")
+                self._alert(f"{member.name} is gone for good: {member.health.reason}")
+                return False
+            self._alert(f"{member.name} is started again: {reason} (restarts left: {self._budget.left()})")
+            await asyncio.sleep(pause)
+            try:
+                member.handle = await self._restart(member.name)
+            except (RLHFError, ray.exceptions.RayError) as error:
+                member.health.died(f"could not be started: {first_line(error)}")
+                pause = min(LONGEST_PAUSE_S, 2 * pause or 2.0)
+            else:
+                member.health.restarted()
+        return True
+
+    def _tell_if_hopeless(self) -> None:
+        """End what is being sampled when nobody serves and nobody will."""
+        states = [member.health.state for member in self._members.values()]
+        coming = self._recoveries or (self._publishes_meanwhile and State.STALE in states)
+        if not coming and not SERVING.intersection(states):
+            self._tell(RLHFError(f"no generator serves a proved version: {self._states()}"))
+
+    def _tell(self, error: BaseException) -> None:
+        for dispatch in self._dispatches:
+            dispatch.results.put_nowait(error)
+
+    def _states(self) -> str:
+        healths = {name: member.health for name, member in self._members.items()}
+        return "; ".join(
+            f"{name} is {health.state}" + (f" ({health.reason})" if health.state != State.HEALTHY else "")
+            for name, health in healths.items()
+        )
+
+    async def _watch(self) -> None:
+        """While something is sampled: ask silent members for tokens, and drop those that give none in time."""
         try:
-            while waiting:
-                chunk = [waiting.popleft() for _ in range(chunk_size(len(waiting), streams))]
-                stream = self._handles[member].sample.options(num_returns="streaming").remote(chunk, self._sampling)
-                async for reference in stream:
-                    results.put_nowait(await reference)
-        except ray.exceptions.RayTaskError as error:
-            results.put_nowait(unwrap(error))
-        except ray.exceptions.RayActorError as error:
-            results.put_nowait(RLHFError(f"{member} died while sampling: {str(error).splitlines()[0]}"))
+            while True:
+                await asyncio.sleep(self._poll_s)
+                silent = [each for each in self._members.values() if each.health.silent_s() > self._token_s / 4]
+                await asyncio.gather(*(self._ask(member) for member in silent))
+                for member in silent:
+                    if member.health.state in SERVING and member.health.check() == State.DEAD:
+                        self._drop(member, member.health.reason)
+                        self._recover(member)
         except Exception as error:
-            # Whatever it is, the reader must hear of it now and not at the round's deadline.
-            results.put_nowait(error)
+            self._tell(error)
 
-
-def chunk_size(waiting: int, streams: int) -> int:
-    """Prompts that one of `streams` takes next: an eighth of its share, so that large rounds need fewer calls.
-
-    Shares shrink as the round goes on (guided self-scheduling, Polychronopoulos and Kuck 1987) down to `CHUNK`.
-    """
-    return min(waiting, max(CHUNK, min(LARGEST_CHUNK, waiting // (8 * streams))))
+    async def _ask(self, member: _Member) -> None:
+        """Its answer alone is no sign of life: it counts when tokens have come since the last time."""
+        handle = member.handle
+        try:
+            tokens = await within(handle.progress.remote(), self._poll_s, f"{member.name}: progress")
+        except NoAnswerError:
+            return
+        except ActorDiedError as error:
+            self.lost(member.name, str(error), handle)
+            return
+        if member.handle is handle and tokens != member.tokens:
+            member.tokens = tokens
+            self._answered(member)

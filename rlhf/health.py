@@ -173,18 +173,25 @@ class Health:
         self._happen(Event.RESTARTED)
 
     def proved(self, version: int) -> bool:
-        """It has proved `version`; returns whether it serves it: not if a newer one is served elsewhere."""
-        if self.state not in RUNNING or (self._wanted is not None and version < self._wanted):
+        """It has proved `version`; returns whether it serves it: not if another one is served by now."""
+        if self.state not in RUNNING or self._wanted not in (None, version):
             return False
         self.version = version
         self._happen(Event.PROVED)
         return True
 
     def published(self, version: int) -> None:
-        """`version` is served from now on: whoever has proved only an older one is STALE."""
-        self._wanted = version if self._wanted is None else max(version, self._wanted)
-        if self.version is None or self.version < self._wanted:
-            self._happen(Event.OVERTAKEN, f"has not proved version {self._wanted}")
+        """`version` is served from now on: whoever has proved another one is STALE.
+
+        It may have a smaller number, after a learner went back to a checkpoint.
+        """
+        self._wanted = version
+        if self.version != version:
+            self.overtaken()
+
+    def overtaken(self) -> None:
+        """Others serve a version that it has not proved."""
+        self._happen(Event.OVERTAKEN, "has not proved the version that is served")
 
     def retire(self, reason: str) -> None:
         """It is gone for good."""

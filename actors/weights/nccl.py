@@ -74,7 +74,12 @@ class Sender(Protocol):
 
 
 class NcclPlane(Plane):
-    """The `WeightPlane` port over vLLM's own `nccl` backend. Manifests carry names and probes, no bytes."""
+    """The `WeightPlane` port over vLLM's own `nccl` backend. Manifests carry names and probes, no bytes.
+
+    Nothing is kept that could be sent again: a generator that is started again waits for the next version.
+    """
+
+    resends = False
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from actors.calls import within
 from actors.fleet import GeneratorFleet
@@ -17,40 +17,98 @@ Outcomes = dict[str, float | RLHFError]
 class Plane(ABC):
     """The `WeightPlane` port, but for how the bytes travel."""
 
+    resends: bool
+    """Can a version be sent again to one target, long after the learner has moved on?"""
+
     def __init__(self, fleet: GeneratorFleet, verify: bool, tolerance: float, deadline: float):
         self._fleet = fleet
         self._verify = verify
         self._tolerance = tolerance
         self._deadline = deadline
-        self._lost: set[str] = set()
         self._published: dict[str, str] = {}
+        # A generator that was started again is brought up between updates, never beside one: it would prove a version
+        # that is overtaken meanwhile.
+        self._turn = asyncio.Lock()
+        self._newest: WeightManifest | None = None
+        if self.resends:
+            fleet.catch_up = self.catch_up
 
     async def publish(self, manifest: WeightManifest, targets: Sequence[str]) -> SyncReport:
         """Deliver a version; raises `RLHFError` if no target serves it.
 
         A payload refused before the engine was touched is sent once more. An engine that was lost while loading is
-        replaced by a new one, which gets the whole payload; it is never tried again as it is.
+        replaced by a new one, which gets the whole payload; it is never tried again as it is. Targets that are being
+        started again are left out; they get the version when they are there.
         """
         started = time.monotonic()
-        await self._replace(self._lost.intersection(targets))
-        outcomes = await self._transfer(manifest, targets)
-        again = [target for target in targets if isinstance(outcomes[target], RLHFError)]
-        if again:
-            await self._replace(_lost(outcomes))
-            outcomes |= await self._transfer(manifest, again)
-            self._lost |= _lost(outcomes)
+        if not self._running(targets):
+            await self._fleet.recovered()
+        async with self._turn:
+            outcomes = await self._deliver(manifest, self._running(targets))
         served = {target: outcome for target, outcome in outcomes.items() if isinstance(outcome, float)}
         failed = {target: str(outcome) for target, outcome in outcomes.items() if target not in served}
         if not served:
-            raise RLHFError(f"no generator took version {manifest.version}: " + "; ".join(failed.values()))
+            why = "; ".join(failed.values()) or "none is left"
+            raise RLHFError(f"no generator took version {manifest.version}: {why}")
         seconds, worst = time.monotonic() - started, max(served.values())
         changed = manifest.changed_fraction(self._published)
         self._published = manifest.checksums()
         return SyncReport(manifest.version, seconds, manifest.nbytes, tuple(served), failed, worst, changed)
 
-    async def _replace(self, targets: set[str]) -> None:
-        await asyncio.gather(*(self._fleet.replace(target) for target in targets))
-        self._lost -= targets
+    async def catch_up(self, target: str) -> RLHFError | None:
+        """Bring one target to the version that was published last and admit it; returns why it could not."""
+        async with self._turn:
+            manifest = self._newest
+            if manifest is None:
+                return None
+            outcome = (await self._transfer(manifest, [target]))[target]
+            if isinstance(outcome, RLHFError):
+                return outcome
+            await self._fleet.admit(target, manifest.version)
+            return None
+
+    async def _deliver(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
+        """Try every target, those that failed once more; who is lost for good is started again in the background."""
+        outcomes = await self._transfer(manifest, targets)
+        failed = {target: error for target, error in outcomes.items() if isinstance(error, RLHFError)}
+        if self.resends and len(failed) < len(targets):
+            # The others can go on with the version; nobody waits for an engine to start.
+            again = [target for target in failed if not self._abandon(outcomes, target)]
+        else:
+            again = await self._replace(outcomes)
+        if again:
+            outcomes |= await self._transfer(manifest, again)
+            for target in again:
+                self._abandon(outcomes, target)
+        if self.resends:
+            self._newest = manifest
+        return outcomes
+
+    def _abandon(self, outcomes: Outcomes, target: str) -> bool:
+        """Give up an engine that was lost; returns whether it was."""
+        outcome = outcomes[target]
+        if not isinstance(outcome, EngineLostError):
+            return False
+        self._fleet.lost(target, str(outcome), self._fleet.handle(target))
+        return True
+
+    async def _replace(self, outcomes: Outcomes) -> list[str]:
+        """Put new engines in the place of lost ones, now; returns the targets to try again."""
+        failed = {target: error for target, error in outcomes.items() if isinstance(error, RLHFError)}
+        lost = [target for target, error in failed.items() if isinstance(error, EngineLostError)]
+        ends = await asyncio.gather(
+            *(self._fleet.replace(target, str(failed[target])) for target in lost), return_exceptions=True
+        )
+        for target, end in zip(lost, ends, strict=True):
+            if isinstance(end, RLHFError):
+                outcomes[target] = end
+            elif isinstance(end, BaseException):
+                raise end
+        return self._running(list(failed))
+
+    def _running(self, targets: Sequence[str]) -> list[str]:
+        running = set(self._fleet.running())
+        return [target for target in targets if target in running]
 
     @abstractmethod
     async def _transfer(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
@@ -58,7 +116,12 @@ class Plane(ABC):
 
 
 class ObjectStorePlane(Plane):
-    """Packed buffers lie in Ray's object store and every node fetches them once; each target takes them by itself."""
+    """Packed buffers lie in Ray's object store and every node fetches them once; each target takes them by itself.
+
+    The buffers of the version published last are kept for generators that are started again.
+    """
+
+    resends = True
 
     async def _transfer(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
         outcomes = await asyncio.gather(*(self._update(manifest, target) for target in targets))
@@ -74,7 +137,3 @@ class ObjectStorePlane(Plane):
         except RLHFError as error:
             # It died or did not answer in time: nobody knows what it holds.
             return EngineLostError(str(error))
-
-
-def _lost(outcomes: Mapping[str, float | RLHFError]) -> set[str]:
-    return {target for target, outcome in outcomes.items() if isinstance(outcome, EngineLostError)}

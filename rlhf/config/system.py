@@ -103,10 +103,29 @@ class Deadlines(Section):
 
     start: float = Field(900, gt=0, description="Placing and starting one actor, its model loaded.")
     generate: float = Field(3600, gt=0, description="All responses of a round.")
-    judge: float = Field(1800, gt=0, description="One batch of comparisons.")
+    token: float = Field(
+        300,
+        gt=0,
+        description="A generator that has work and gives no token for so long is replaced; its prompts go to others.",
+    )
+    judge: float = Field(
+        1800, gt=0, description="One batch of comparisons; the actor is replaced, another one gets the batch."
+    )
     learn: float = Field(7200, gt=0, description="All steps of a round.")
     sync: float = Field(600, gt=0, description="One weight update on all generators.")
     checkpoint: float = Field(1800, gt=0, description="Writing or reading a checkpoint.")
+
+
+class Restarts(Section):
+    """How often generators and judges that died, or give nothing any more, are started again."""
+
+    budget: int = Field(
+        5,
+        ge=0,
+        description="Restarts within any `window_s`, over all generators and judges; who dies when it is spent is not "
+        "replaced, and the run ends when no generator, or no actor of a judge, is left.",
+    )
+    window_s: float = Field(3600, gt=0, description="Length of the window, in seconds.")
 
 
 class Cluster(Section):
@@ -122,6 +141,9 @@ class Cluster(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where a node has a GPU.")
     deadlines: Deadlines = Field(default_factory=lambda: Deadlines(), description="Deadlines, in seconds.")
+    restarts: Restarts = Field(
+        default_factory=lambda: Restarts(), description="Restarts of generators and judges, and their budget."
+    )
     temp_dir: str | None = Field(
         None,
         description="Ray's folder for sockets and logs of a local cluster; must be short. Null takes a fresh one under "

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.calls import in_batches
-from actors.fleet import CHUNK, LARGEST_CHUNK, chunk_size
+from actors.dispatch import CHUNK, LARGEST_CHUNK, chunk_size
 
 
 @given(prompts=st.integers(0, 5_000), streams=st.integers(1, 50))
