@@ -61,4 +61,5 @@ def test_deepspeed_is_imported_in_one_file() -> None:
 
 
 def test_only_the_command_line_reaches_from_rlhf_into_actors() -> None:
-    assert {path for path in importers("actors") if path.startswith("rlhf/")} == {"rlhf/cli.py", "rlhf/cli_judge.py"}
+    commands = {"rlhf/cli.py", "rlhf/cli_judge.py", "rlhf/cli_submit.py"}
+    assert {path for path in importers("actors") if path.startswith("rlhf/")} == commands
