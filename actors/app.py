@@ -13,10 +13,14 @@ from rlhf.evaluation.summary import show_summary
 from rlhf.inputs import Inputs, check_memory, read_inputs
 from rlhf.monitor.group import MonitorGroup
 from rlhf.planning import make_plan
+from rlhf.ports import SecondStream
+from rlhf.rounds.anchor import AnchorStream
+from rlhf.rounds.buffer import ReplayBuffer
 from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.controller import System, run_rounds
 from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.online import OnlineSource
+from rlhf.rounds.streams import with_streams
 
 PROBES = 2
 PROBE_TOKENS = 64
@@ -77,8 +81,14 @@ def _assemble(
             run_dir,
             training_judge=parts.judge if config.eval_judge else None,
         )
+    source = OnlineSource(config, order, parts.fleet, parts.judge, ledger, monitor)
+    others: dict[str, SecondStream] = {}
+    if config.buffer:
+        others["replay"] = ReplayBuffer(config.buffer, ledger, config.seed)
+    if config.anchor and inputs.anchor:
+        others["anchor"] = AnchorStream(config.anchor, inputs.anchor.between, ledger)
     return System(
-        source=OnlineSource(config, order, parts.fleet, parts.judge, ledger, monitor),
+        source=with_streams(source, others),
         learner=parts.learner,
         plane=build_plane(transport, config, parts.fleet, parts.learner, inputs.shapes, tolerance),
         fleet=parts.fleet,

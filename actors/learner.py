@@ -1,7 +1,7 @@
 """The learner group: DeepSpeed ranks in Ray actors behind the `Learner` port."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -65,10 +65,10 @@ class LearnerActor:
             self._sender = NcclSender(self._learner.export_tensors, self._rank, self._device)
         return self._learner.notes
 
-    def train(self, sealed: SealedRound) -> Iterator[StepReport]:
+    def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> Iterator[StepReport]:
         """Yield a report after each optimizer step; reports are the same on every rank, only rank 0 sends them."""
         with naming_memory():
-            for report in self._learner.steps(sealed):
+            for report in self._learner.steps(sealed, others):
                 if self._rank == 0:
                     yield report
 
@@ -152,16 +152,17 @@ class LearnerGroup:
         limit = self._deadlines.sync
         await self._all("send_nccl", limit + GRACE_S, "sending over NCCL", list(calls), limit)
 
-    async def train(self, sealed: SealedRound) -> AsyncIterator[StepReport]:
+    async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """Yield the round's step reports as they are made."""
         limit = self._deadlines.learn
-        streams = [handle.train.options(num_returns="streaming").remote(sealed) for handle in self._handles]
-        others = [asyncio.create_task(_drain(stream)) for stream in streams[1:]]
+        given = dict(others)
+        streams = [handle.train.options(num_returns="streaming").remote(sealed, given) for handle in self._handles]
+        drained = [asyncio.create_task(_drain(stream)) for stream in streams[1:]]
         try:
             async with asyncio.timeout(limit):
                 async for reference in streams[0]:
                     yield await reference
-                await asyncio.gather(*others)
+                await asyncio.gather(*drained)
         except TimeoutError:
             raise DeadlineError(f"learner: round {sealed.round} was not trained within {limit:.0f} s") from None
         except ray.exceptions.RayTaskError as error:

@@ -1,6 +1,6 @@
 """Training on a preference set: the loop of a run without generators and judge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from actors.learner_launch import start_learner
 from actors.session import export_policy, run_session, stop_on_sigterm
 from rlhf.config.offline import OfflineConfig, OfflineTraining
 from rlhf.config.system import Rounds
+from rlhf.data.anchor import read_anchor
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.preference_pairs import PreferencePairs, encode_pair
 from rlhf.data.training_sets import read_training_set
@@ -17,13 +18,15 @@ from rlhf.evaluation.preference import ROWS, PreferenceEvaluator
 from rlhf.evaluation.summary import Rows, show_summary
 from rlhf.modelfiles import local_folder, tensor_shapes
 from rlhf.monitor.group import MonitorGroup
-from rlhf.ports import RoundEvaluator
+from rlhf.ports import RoundEvaluator, SecondStream
 from rlhf.records import Pair
+from rlhf.rounds.anchor import AnchorStream
 from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.controller import System, run_rounds
 from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.offline import NoFleet, OfflineJob, OfflineSource
 from rlhf.rounds.segments import Segments
+from rlhf.rounds.streams import with_streams
 
 OBJECT_STORE = 512 << 20
 
@@ -40,6 +43,8 @@ class OfflineWork:
     evaluator: Callable[[LearnerGroup, MonitorGroup, Path], RoundEvaluator | None]
     table: Rows
     notes: tuple[str, ...]
+    others: Callable[[Ledger], Mapping[str, SecondStream]] = lambda ledger: {}
+    """Second streams by name."""
 
 
 def train_preferences(config: OfflineConfig, fresh: bool = False) -> None:
@@ -50,6 +55,14 @@ def train_preferences(config: OfflineConfig, fresh: bool = False) -> None:
     data = read_training_set(config.preferences, "preferences")
     segments = cut(config, len(data.train), config.learner.batch_size)
     held_out = [encode_pair(example, tokenizer, example.uid, 0) for example in data.held_out]
+    options, anchor, notes = config.anchor, None, data.notes
+    if options:
+        unseen = [example.messages for example in data.held_out]
+        anchor, more = read_anchor(options, tokenizer, config.seed, unseen)
+        notes += more
+
+    def others(ledger: Ledger) -> dict[str, SecondStream]:
+        return {"anchor": AnchorStream(options, anchor.between, ledger)} if options and anchor else {}
 
     def evaluator(learner: LearnerGroup, monitor: MonitorGroup, folder: Path) -> RoundEvaluator:
         return PreferenceEvaluator(held_out, config.learner.max_length, learner, monitor, folder)
@@ -62,7 +75,8 @@ def train_preferences(config: OfflineConfig, fresh: bool = False) -> None:
         group=1,
         evaluator=evaluator,
         table=ROWS,
-        notes=data.notes,
+        notes=notes,
+        others=others,
     )
     run_offline(config, work, fresh)
 
@@ -93,7 +107,7 @@ async def _train(config: OfflineTraining, work: OfflineWork, run_dir: Path, moni
             learner = await start_learner(job, cluster, config.cluster.deadlines, monitor, bar.advance)
         nobody = NoFleet()
         system = System(
-            source=OfflineSource(work.segment, ledger, work.data, work.group),
+            source=with_streams(OfflineSource(work.segment, ledger, work.data, work.group), work.others(ledger)),
             learner=learner,
             plane=nobody,
             fleet=nobody,

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +12,7 @@ import psutil
 
 from rlhf.config import RunConfig
 from rlhf.config.judge import EngineJudge, Judge, PooledJudge, RewardModelJudge, single_judges, with_path
+from rlhf.data.anchor import AnchorPairs, read_anchor
 from rlhf.data.chat import load_tokenizer
 from rlhf.data.prompts import PromptSet, load_eval_prompts, load_prompts
 from rlhf.errors import InputError, RLHFError
@@ -24,12 +25,14 @@ CONTEXT_KEYS = "prompts.max_tokens + generator.sampling.max_tokens"
 
 @dataclass(frozen=True)
 class Inputs:
-    """The model's folder, names and shapes of its tensors, the prompts and the held-out prompts."""
+    """The model's folder, names and shapes of its tensors, the prompts, the held-out prompts, the anchor's pairs."""
 
     model: Path
     shapes: dict[str, tuple[int, ...]]
     prompts: PromptSet
     held_out: PromptSet
+    anchor: AnchorPairs | None = None
+    anchor_notes: tuple[str, ...] = ()
 
     @property
     def model_bytes(self) -> int:
@@ -39,7 +42,7 @@ class Inputs:
     def notes(self) -> list[str]:
         """What was left out, for the user."""
         dropped = [f"{count} {reason.replace('_', ' ')}" for reason, count in self.prompts.dropped.items() if count]
-        return ["prompts left out: " + ", ".join(dropped)] if dropped else []
+        return [*(["prompts left out: " + ", ".join(dropped)] if dropped else []), *self.anchor_notes]
 
 
 def read_inputs(config: RunConfig) -> Inputs:
@@ -50,12 +53,17 @@ def read_inputs(config: RunConfig) -> Inputs:
     _check_context(model, config.prompts.max_tokens + config.generator.sampling.max_tokens, CONTEXT_KEYS)
     judges = {"judge": config.judge} | ({"eval_judge": config.eval_judge} if config.eval_judge else {})
     check_judges({key: with_path(judge, str(model)) for key, judge in judges.items()})
-    return Inputs(
+    inputs = Inputs(
         model=model,
         shapes=shapes,
         prompts=load_prompts(config.prompts, tokenizer),
         held_out=load_eval_prompts(config.prompts, tokenizer),
     )
+    if config.anchor is None:
+        return inputs
+    unseen = [prompt.messages for prompt in inputs.held_out.prompts]
+    anchor, notes = read_anchor(config.anchor, tokenizer, config.seed, unseen)
+    return replace(inputs, anchor=anchor, anchor_notes=notes)
 
 
 def check_judges(judges: Mapping[str, Judge]) -> None:

@@ -1,6 +1,6 @@
 """The small protocols that the loop is written against; `actors/` implements them on Ray."""
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,11 +68,22 @@ class PairSource(Protocol):
     """Where a round's pairs come from: sampled and judged, or a preference set."""
 
     async def streams(self, round: int) -> Mapping[str, SealedRound]:
-        """The round's pair streams by name, planned and sealed on disk; the same ones whenever it is asked."""
+        """The round's pair streams by name, planned and sealed on disk; the same ones whenever it is asked.
+
+        The first is the round's own, whose pairs make its steps; the others' losses are added to them by `weight`.
+        """
         ...
 
     def metrics(self, round: int) -> tuple[dict[str, float], list[str]]:
         """Metrics and warnings of how a sealed round's pairs came about."""
+        ...
+
+
+class SecondStream(Protocol):
+    """Pairs that are trained beside a round's own."""
+
+    def pairs(self, main: SealedRound) -> SealedRound:
+        """The stream's pairs for the round that `main` is of, with their weight; the same ones whenever it is asked."""
         ...
 
 
@@ -95,8 +106,11 @@ class RoundEvaluator(Protocol):
 class Learner(Protocol):
     """A group of ranks that trains the policy."""
 
-    def train(self, sealed: SealedRound) -> AsyncIterator[StepReport]:
-        """Take the round's optimizer steps, a report each; refuses a round that it has already taken."""
+    def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
+        """Take the round's optimizer steps, a report each; refuses a round that it has already taken.
+
+        Each step takes its share of every other stream, scored under the round's reference as the main one is.
+        """
         ...
 
     async def statistics(self) -> dict[str, float]:
@@ -167,16 +181,27 @@ class Parametrisation(Protocol):
         """Names and whole tensors in checkpoint coordinates, one at a time."""
         ...
 
+    def mask_gradients(self, model: Any) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
+        """Parameters and what their whole gradients go through in every backward pass, before they are reduced.
+
+        What it sets to 0 is left out of the gradient norm too, and such a parameter has no weight decay: the elements
+        do not move at all.
+        """
+        ...
+
 
 class BetaController(Protocol):
     """Chooses beta; fed once per optimizer step with statistics already reduced over ranks."""
 
-    def beta(self) -> float:
-        """The beta of the next step."""
+    def beta(self, pairs: Sequence[Pair]) -> float | Sequence[float]:
+        """The beta of the next step: one for all of its `pairs`, or one for each."""
         ...
 
     def observe(self, statistics: Mapping[str, float]) -> None:
-        """Take the step's reduced sums: `h_sum`, `abs_logratio_sum`, `count`."""
+        """Take the step's sums over the round's own pairs: `h_sum`, `abs_logratio_sum`, `count`.
+
+        A step that could not be taken is not shown.
+        """
         ...
 
 

@@ -141,7 +141,8 @@ class SealedRound:
     """The pairs of a round as read back from disk, with the digest they were sealed under.
 
     `ordered` says that they are to be trained as they come; otherwise the learner shuffles them. Of `group` neighbours
-    none may be trained without the others in the same micro-batch.
+    none may be trained without the others in the same micro-batch. `weight` is that of a stream's loss beside the
+    round's own pairs.
     """
 
     round: int
@@ -149,6 +150,7 @@ class SealedRound:
     digest: str
     ordered: bool = False
     group: int = 1
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,13 @@ class TrainingData(PreferenceData):
     held_out_count: int = Field(256, ge=0, description="Last pairs of the set kept for the evaluation.")
 
 
+class Anchor(PreferenceData):
+    """A preference set that is trained beside each round's own pairs, against the same reference."""
+
+    share: float = Field(1.0, gt=0, description="Its pairs of a step, as a fraction of the step's own pairs.")
+    weight: float = Field(1.0, ge=0, description="Weight of their mean loss in the step's; 0 leaves them out.")
+
+
 class OfflineTraining(Section):
     """What every training on a preference set has."""
 
@@ -86,3 +93,6 @@ class OfflineConfig(OfflineTraining):
     """A run whose pairs come from a preference set: offline DPO, or supervised fine-tuning with `loss.type: sft`."""
 
     preferences: TrainingData = Field(description="The preference pairs, in place of prompts, rounds and a judge.")
+    anchor: Anchor | None = Field(
+        None, description="A second preference set, whose loss is added in every step; null has none."
+    )

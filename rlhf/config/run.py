@@ -4,11 +4,13 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.adapters import check_adapters
 from rlhf.config.base import Reserved, Section
+from rlhf.config.buffer import Buffer
 from rlhf.config.data import Policy, Prompts
 from rlhf.config.generator import Generator
 from rlhf.config.judge import Judge, SentimentJudge, check_deadline, check_secrets, same_verdicts, with_path
 from rlhf.config.learner import ZERO_0_BF16, Learner
 from rlhf.config.names import folder_name
+from rlhf.config.offline import Anchor
 from rlhf.config.pairing import Pairing
 from rlhf.config.system import Checkpoint, Cluster, Evaluation, Monitor, Rounds, Sync
 
@@ -37,7 +39,12 @@ class RunConfig(Section):
     preferences: Reserved = Field(
         None, description="Only null here: a file with `preferences` in place of `prompts` is an offline training."
     )
-    buffer: Reserved = Field(None, description="Reserved: replay buffer.")
+    buffer: Buffer | None = Field(
+        None, description="Replay of earlier rounds' pairs beside each round's own; null replays none."
+    )
+    anchor: Anchor | None = Field(
+        None, description="A preference set whose loss is added in every step; null has none."
+    )
 
     @field_validator("name")
     @classmethod

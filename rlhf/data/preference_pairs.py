@@ -36,12 +36,10 @@ def encode_pair(example: PreferenceExample, tokenizer: "PreTrainedTokenizerBase"
     )
 
 
-class PreferencePairs:
-    """The pairs of an offline training, segment by segment; nothing is encoded before its segment is due."""
+class Encoder:
+    """Examples at given places as pairs."""
 
-    def __init__(
-        self, examples: Sequence[PreferenceExample], tokenizer: "PreTrainedTokenizerBase", segments: Segments
-    ) -> None:
+    def __init__(self, examples: Sequence[PreferenceExample], tokenizer: "PreTrainedTokenizerBase") -> None:
         """Raises `InputError` for a tokenizer without an end token."""
         if tokenizer.eos_token_id is None:
             raise InputError(
@@ -50,12 +48,25 @@ class PreferencePairs:
             )
         self._examples = examples
         self._tokenizer = tokenizer
+
+    def pairs(self, places: Sequence[tuple[int, int, int]], round: int) -> list[Pair]:
+        """Pairs of (place, pass, index of the example), their uids beginning with the place."""
+        return [
+            encode_pair(self._examples[index], self._tokenizer, f"{place:08d}-{self._examples[index].uid}", round)
+            for place, _, index in places
+        ]
+
+
+class PreferencePairs:
+    """The pairs of an offline training, segment by segment; nothing is encoded before its segment is due."""
+
+    def __init__(
+        self, examples: Sequence[PreferenceExample], tokenizer: "PreTrainedTokenizerBase", segments: Segments
+    ) -> None:
+        """Raises `InputError` for a tokenizer without an end token."""
+        self._encoder = Encoder(examples, tokenizer)
         self._segments = segments
 
     def segment(self, round: int) -> tuple[list[Pair], int]:
         """Pairs of segment `round` in training order, their uids beginning with their place; none is unusable."""
-        pairs = [
-            encode_pair(self._examples[index], self._tokenizer, f"{place:08d}-{self._examples[index].uid}", round)
-            for place, _, index in self._segments.places(round)
-        ]
-        return pairs, 0
+        return self._encoder.pairs(self._segments.places(round), round), 0

@@ -41,6 +41,15 @@ def read_training_set(data: TrainingData, key: str) -> TrainingSet:
     return TrainingSet(train, held_out, tuple(notes))
 
 
+def read_preference_data(data: PreferenceData, key: str) -> tuple[tuple[PreferenceExample, ...], tuple[str, ...]]:
+    """All usable pairs of the config section `key`, and what a user should know of them.
+
+    Raises `InputError` where the data cannot be read or holds no usable pair.
+    """
+    notes: list[str] = []
+    return _load(data, key, notes), tuple(notes)
+
+
 def without_conversations(
     examples: Sequence[PreferenceExample], held_out: Sequence[PreferenceExample]
 ) -> tuple[PreferenceExample, ...]:

@@ -1,9 +1,10 @@
 """Beta controllers: how strongly the policy is held to the reference."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.config.learner import Loss
+from rlhf.records import Pair
 
 
 class FixedBeta:
@@ -12,8 +13,8 @@ class FixedBeta:
     def __init__(self, beta: float) -> None:
         self._beta = beta
 
-    def beta(self) -> float:
-        """The beta of the next step."""
+    def beta(self, pairs: Sequence[Pair] = ()) -> float:
+        """The beta of the next step, for all of its pairs."""
         return self._beta
 
     def observe(self, statistics: Mapping[str, float]) -> None:

@@ -1,7 +1,7 @@
 """DeepSpeed: the only file that imports it. Process group, engines, accumulation, gathering, checkpoints."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import nn
 from rlhf.config.learner import Learner, Optimizer
 from rlhf.errors import DeadlineError, RLHFError
 from rlhf.learning.compile import compile_layers
+from rlhf.learning.parametrisation import Mask
 
 TAG = "learner"
 BUCKET = 50_000_000
@@ -98,11 +99,13 @@ def deepspeed_config(learner: Learner, dtype: torch.dtype) -> dict[str, Any]:
     return merge(generated, learner.deepspeed)
 
 
-def build_optimizer(parameters: Sequence[tuple[str, nn.Parameter]], options: Optimizer) -> torch.optim.AdamW:
-    """AdamW over matrices with weight decay and over vectors (norms, biases) without."""
-    matrices = [p for _, p in parameters if p.dim() >= 2]
-    vectors = [p for _, p in parameters if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": options.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def build_optimizer(
+    parameters: Sequence[tuple[str, nn.Parameter]], options: Optimizer, masked: Collection[int] = ()
+) -> torch.optim.AdamW:
+    """AdamW over matrices with weight decay; over vectors (norms, biases) and `masked` parameters, by id, without."""
+    decayed = [p for _, p in parameters if p.dim() >= 2 and id(p) not in masked]
+    others = [p for _, p in parameters if p.dim() < 2 or id(p) in masked]
+    groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # One fused pass over the flat masters instead of ten.
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], lr=options.lr, betas=options.betas, eps=options.eps, fused=True
@@ -119,10 +122,18 @@ class TrainEngine:
         learner: Learner,
         dtype: torch.dtype,
         device: str,
+        masks: Iterable[tuple[nn.Parameter, Mask]] = (),
     ) -> None:
+        """`masks` are what the gradients of some parameters go through; see `Parametrisation.mask_gradients`."""
+        masked = set()
+        for parameter, mask in masks:
+            # A hook on the leaf runs before the gradient is accumulated, so ZeRO never sees what is masked; a step
+            # later there are only partitions.
+            parameter.register_hook(mask)
+            masked.add(id(parameter))
         self._zero = _deepspeed(device).zero
         self.config = deepspeed_config(learner, dtype)
-        optimizer = build_optimizer(parameters, learner.optimizer)
+        optimizer = build_optimizer(parameters, learner.optimizer, masked)
         self._engine, *_ = _deepspeed(device).initialize(model=module, optimizer=optimizer, config=self.config)
         self._frozen = any(not parameter.requires_grad for parameter in module.parameters())
         self.stage = int(self._engine.zero_optimization_stage())

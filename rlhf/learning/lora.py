@@ -13,7 +13,14 @@ from torch import nn
 from rlhf.config.data import Policy
 from rlhf.config.lora import Lora
 from rlhf.errors import InputError
-from rlhf.learning.parametrisation import Entry, Gather, checkpoint_parameters, export_entries, persistent_buffers
+from rlhf.learning.parametrisation import (
+    Entry,
+    Gather,
+    Mask,
+    checkpoint_parameters,
+    export_entries,
+    persistent_buffers,
+)
 
 BASE = ".base_layer."
 SAVED = ".modules_to_save.default."
@@ -87,6 +94,10 @@ class LowRank:
         """
         entries = [Entry.plain(name, parameter) for name, parameter in adapter_parameters(model)]
         return export_entries(entries, (), gather)
+
+    def mask_gradients(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, Mask]]:
+        """Nothing is masked."""
+        return iter(())
 
     @contextmanager
     def initial(self, model: nn.Module) -> Iterator[None]:

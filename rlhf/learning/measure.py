@@ -24,7 +24,7 @@ def measure(steps: StepRunner, pairs: Sequence[Pair], reference: torch.Tensor) -
         loss = StepLoss.of(options, pairs, steps.setup.device, steps.shift.value)
         if loss.matches:
             loss.match(policy, reference)
-        losses, chosen, rejected = loss(policy, reference, list(range(len(pairs))), steps.beta.beta(), None)
+        losses, chosen, rejected = loss(policy, reference, list(range(len(pairs))), steps.betas(pairs), None)
     means = {
         "loss": losses,
         "rewards/chosen": chosen,

@@ -11,6 +11,9 @@ from torch import nn
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 """Makes the parameters whole inside the context, on every rank (ZeRO-3)."""
 
+Mask = Callable[[torch.Tensor], torch.Tensor]
+"""From a parameter's whole gradient to what is left of it."""
+
 GROUP_BYTES = 256 * 2**20
 
 
@@ -33,6 +36,10 @@ class Full:
         """
         entries = [Entry.plain(name, parameter) for name, parameter in checkpoint_parameters(model)]
         return export_entries(entries, persistent_buffers(model), gather)
+
+    def mask_gradients(self, model: nn.Module) -> Iterator[tuple[nn.Parameter, Mask]]:
+        """Nothing is masked."""
+        return iter(())
 
 
 @dataclass(frozen=True, slots=True)

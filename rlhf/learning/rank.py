@@ -3,7 +3,7 @@
 import resource
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rlhf.learning.lora import LowRank
 from rlhf.learning.mask_probe import choose_layout
 from rlhf.learning.measure import measure
 from rlhf.learning.parametrisation import Full
-from rlhf.learning.plan import drop_long, step_batches
+from rlhf.learning.plan import step_batches
 from rlhf.learning.policy import PolicyModule, load_model
 from rlhf.learning.reference import (
     InitialReference,
@@ -36,6 +36,7 @@ from rlhf.learning.rng import restore_rng, rng_state, seed_all
 from rlhf.learning.schedule import fraction_done, learning_rate
 from rlhf.learning.setup import Setup
 from rlhf.learning.steps import Grouping, Mismatch, StepRunner
+from rlhf.learning.streams import Streams
 from rlhf.learning.subset import Subset
 from rlhf.records import Pair, SealedRound, StepReport
 
@@ -91,7 +92,8 @@ class RankLearner:
         copied = InitialReference(module, self.setup) if needs_copy(learner) else None
         trainable = list(self._parametrisation.trainable(module))
         self._trained_share = sum(p.numel() for _, p in trainable) / sum(p.numel() for p in module.parameters())
-        self._engine = TrainEngine(module, trainable, learner, dtype, self._device)
+        masks = self._parametrisation.mask_gradients(model)
+        self._engine = TrainEngine(module, trainable, learner, dtype, self._device, masks)
         adapters_off = partial(lora.initial, model) if lora else None
         self.reference = copied or policy_reference(self._engine, self.setup, adapters_off, trainable)
         self._held_out = HeldOutScores(self.reference, learner)
@@ -99,30 +101,30 @@ class RankLearner:
         module.head.keeps_squares = learner.loss.use_weighting
         self._steps = StepRunner(self._engine, self.setup, self._beta, module.head)
 
-    def train(self, sealed: SealedRound) -> list[StepReport]:
+    def train(self, sealed: SealedRound, others: Mapping[str, SealedRound] | None = None) -> list[StepReport]:
         """Take all of the round's steps; see `steps`."""
-        return list(self.steps(sealed))
+        return list(self.steps(sealed, others))
 
-    def steps(self, sealed: SealedRound) -> Iterator[StepReport]:
+    def steps(self, sealed: SealedRound, others: Mapping[str, SealedRound] | None = None) -> Iterator[StepReport]:
         """Take the round's steps and yield a report after each; the round counts as trained once all are taken.
 
+        Each step takes its share of the `others`' pairs too; see `Streams.shares`.
         Reports are equal on every rank. A round without pairs takes no step and counts as trained. Raises
         `RLHFError` for a round already trained or out of order, `InputError` for a pair without tokens.
         """
         if sealed.round != self.rounds_done + 1:
             what = "has already been trained" if sealed.round <= self.rounds_done else "comes too early"
             raise RLHFError(f"round {sealed.round} {what}: the learner expects round {self.rounds_done + 1}")
-        pairs, dropped = drop_long(sealed.pairs, self.setup.learner.max_length)
         started = time.perf_counter()
-        reference = self.reference.score(pairs) if pairs else torch.zeros(0, 2)
+        streams = Streams.read(sealed, others or {}, self.setup.learner.max_length, self.reference.score)
         scored = time.perf_counter()
         mismatch, skipped = Mismatch(self.rounds_done), self._steps.skipped
-        yield from self._train(sealed, pairs, reference, mismatch)
+        yield from self._train(sealed, streams, mismatch)
         ended = time.perf_counter()
-        self._statistics = self._summarise(pairs, scored - started, ended - scored)
+        self._statistics = self._summarise(streams.pairs, scored - started, ended - scored)
         self._statistics |= mismatch.reduce(self._device)
         self._statistics |= {
-            "pairs/dropped_long": float(dropped),
+            "pairs/dropped_long": float(streams.dropped),
             "train/skipped": float(self._steps.skipped - skipped),
         }
         self.rounds_done += 1
@@ -227,26 +229,21 @@ class RankLearner:
             self.notes.append(note)
             warnings.warn(note, stacklevel=2)
 
-    def _train(
-        self,
-        sealed: SealedRound,
-        pairs: Sequence[Pair],
-        reference: torch.Tensor,
-        mismatch: Mismatch,
-    ) -> Iterator[StepReport]:
+    def _train(self, sealed: SealedRound, streams: Streams, mismatch: Mismatch) -> Iterator[StepReport]:
         learner, rounds, round = self.setup.learner, self._config.rounds.count, sealed.round
+        main = streams.main
         seed = None if sealed.ordered else self._config.seed
         reference_version = round - 1 if learner.reference.policy == "round_start" else None
-        batches = list(step_batches(len(pairs), learner.batch_size, learner.epochs, seed, round))
-        for number, indices in enumerate(batches):
+        batches = list(step_batches(len(main.pairs), learner.batch_size, learner.epochs, seed, round))
+        shares = streams.shares([len(batch) for batch in batches], self._config.seed)
+        for number, (indices, others) in enumerate(zip(batches, shares, strict=True)):
             fraction = fraction_done(round, number, len(batches), rounds)
             # Only before the round's first update is the policy the version that sampled.
             first = mismatch if number == 0 and not (learner.lora and learner.lora.dropout) else None
             grouping = Grouping(sealed.group, learner.loss.averages(fraction))
             lr = learning_rate(learner.optimizer, fraction)
-            metrics = self._steps.step(
-                [pairs[i] for i in indices], reference[indices], lr, first, grouping, reference_version
-            )
+            own = main.take(indices)
+            metrics = self._steps.step(own.pairs, own.reference, lr, first, grouping, reference_version, others)
             if not metrics["train/skipped"]:
                 self.reference.stepped()
             self._step += 1

@@ -15,6 +15,7 @@ from rlhf.learning.losses.weighting import wpo_weights
 from rlhf.learning.policy import ResponseHead
 from rlhf.learning.reference import score_pairs
 from rlhf.learning.setup import Setup
+from rlhf.learning.streams import MAIN, Part, split, stream_metrics
 from rlhf.ports import BetaController
 from rlhf.records import Pair
 
@@ -85,6 +86,15 @@ class Grouping:
         return means.expand(-1, self.size, 2).reshape(values.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """One stream's part in a step's loss."""
+
+    part: Part
+    loss: StepLoss
+    beta: float | torch.Tensor
+
+
 @dataclass(slots=True)
 class StepRunner:
     """Takes optimizer steps with an engine, whose module has the LM head `head`."""
@@ -105,36 +115,44 @@ class StepRunner:
         mismatch: Mismatch | None = None,
         grouping: Grouping = Grouping(),
         reference_version: int | None = None,
+        others: Sequence[Part] = (),
     ) -> dict[str, float]:
         """One step on `pairs` with their reference log-probs [n, 2]; every rank calls with the same arguments.
 
-        The loss is the mean over these n pairs, however few. `reference_version` is the reference's, where it has one.
+        The loss is the mean over these n pairs, however few, plus that of each of `others` by its weight: the pairs of
+        all streams share the micro-batches. `reference_version` is the reference's, where it has one.
         Returns the step's metrics, equal on every rank. When the loss or the gradient is not finite no step is taken:
         `train/skipped` is 1, what is not finite is left out.
         """
-        setup, beta = self.setup, self.beta.beta()
-        micros = grouping.plan([setup.cost(pair) for pair in pairs], setup)
-        whole = self._step_loss(pairs, reference, len(micros), reference_version)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=setup.device)
+        setup, parts = self.setup, [Part(MAIN, pairs, reference, reference_version=reference_version), *others]
+        every = [pair for part in parts for pair in part.pairs]
+        micros = grouping.plan([setup.cost(pair) for pair in every], setup)
+        terms = [_Term(part, self._step_loss(part, len(micros)), self.betas(part.pairs)) for part in parts]
+        sums = torch.zeros(len(parts), len(SUMS), dtype=torch.float64, device=setup.device)
         for number, micro in enumerate(micros):
-            chosen = [pairs[index] for index in micro] or [setup.filler(pairs)]
+            chosen = [every[index] for index in micro] or [setup.filler(every)]
             batch = setup.batch(chosen)
             self.engine.boundary(number == len(micros) - 1)
             logprobs = self.engine(batch)
-            if micro:
-                policy = batch.sums(logprobs, setup.learner.loss.ld_alpha)
-                weights = self._weights(batch, logprobs)
-                values = whole(grouping.reduce(policy), grouping.reduce(reference[micro]), micro, beta, weights)
-                sums += self._sums(values, policy, reference[micro])
-                loss = values.losses.sum() * (setup.world_size / len(pairs))
-                if mismatch is not None:
-                    mismatch.observe(chosen, batch.per_sequence(logprobs))
-            else:
-                loss = logprobs.sum() * 0.0
+            loss = self._loss(batch, logprobs, micro, terms, grouping, sums) if micro else logprobs.sum() * 0.0
+            if micro and mismatch is not None:
+                mismatch.observe(chosen, batch.per_sequence(logprobs))
             self.engine.backward(loss)
         norm, stepped = self.engine.step(lr)
         dist.all_reduce(sums)
-        return self._metrics(dict(zip(SUMS, sums.tolist(), strict=True)), len(pairs), beta, lr, norm, stepped)
+        rows = [dict(zip(SUMS, row, strict=True)) for row in sums.tolist()]
+        beta = terms[0].beta
+        mean_beta = float(beta.mean()) if isinstance(beta, torch.Tensor) else beta
+        metrics = self._metrics(rows[0], len(pairs), mean_beta, lr, norm, stepped)
+        for part, row in zip(others, rows[1:], strict=True):
+            means = {name: value / len(part.pairs) for name, value in row.items()}
+            metrics |= stream_metrics(part.name, means, len(part.pairs))
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def betas(self, pairs: Sequence[Pair]) -> float | torch.Tensor:
+        """The controller's beta of the next step: a number, or float32 [n] with one for each of `pairs`."""
+        beta = self.beta.beta(pairs)
+        return beta if isinstance(beta, int | float) else torch.tensor(beta, device=self.setup.device)
 
     def check_skipped(self, limit: int) -> None:
         """Raise `RLHFError` when `limit` steps in a row could not be taken: nothing will mend itself any more."""
@@ -145,17 +163,42 @@ class StepRunner:
                 "to an older checkpoint"
             )
 
-    def _step_loss(
-        self, pairs: Sequence[Pair], reference: torch.Tensor, micros: int, reference_version: int | None
-    ) -> StepLoss:
-        """The loss over the whole step. One that sorts the step's pairs gets them scored first, unless this rank sees
-        them all at once."""
+    def _step_loss(self, part: Part, micros: int) -> StepLoss:
+        """The loss over a stream's pairs in the whole step. One that sorts them gets them scored first, unless this
+        rank sees them all at once."""
         setup = self.setup
-        loss = StepLoss.of(setup.learner.loss, pairs, setup.device, self.shift.value, reference_version)
+        loss = StepLoss.of(setup.learner.loss, part.pairs, setup.device, self.shift.value, part.reference_version)
         if loss.matches and (micros > 1 or setup.world_size > 1):
             with self.engine.evaluating():
-                loss.match(score_pairs(self.engine, pairs, setup, setup.learner.loss.ld_alpha), reference)
+                loss.match(score_pairs(self.engine, part.pairs, setup, setup.learner.loss.ld_alpha), part.reference)
         return loss
+
+    def _loss(
+        self,
+        batch: Batch,
+        logprobs: torch.Tensor,
+        micro: Sequence[int],
+        terms: "Sequence[_Term]",
+        grouping: Grouping,
+        sums: torch.Tensor,
+    ) -> torch.Tensor:
+        """The micro-batch's share of the step's loss, times the ranks; its sums are added to those of its streams."""
+        policy = batch.sums(logprobs, self.setup.learner.loss.ld_alpha)
+        weights = self._weights(batch, logprobs)
+        losses = []
+        for number, places, rows in split([term.part for term in terms], micro):
+            part, beta = terms[number].part, terms[number].beta
+            own, reference = policy[places], part.reference[rows]
+            values = terms[number].loss(
+                grouping.reduce(own),
+                grouping.reduce(reference),
+                rows,
+                beta[rows] if isinstance(beta, torch.Tensor) else beta,
+                None if weights is None else weights[places],
+            )
+            sums[number] += self._sums(values, own, reference)
+            losses.append(values.losses.sum() * (part.weight * self.setup.world_size / len(part.pairs)))
+        return torch.stack(losses).sum()
 
     def _weights(self, batch: Batch, logprobs: torch.Tensor) -> torch.Tensor | None:
         """WPO's weights of the micro-batch's pairs, if the loss takes them."""
@@ -211,4 +254,4 @@ class StepRunner:
         }
         if not self.setup.learner.loss.needs_reference:
             del metrics["kl/mean"]  # there is nothing that the policy could have moved away from
-        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return metrics

@@ -7,6 +7,7 @@ runs at most `lookahead` rounds ahead of training.
 
 import asyncio
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,9 @@ from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.ledger import Ledger
 from rlhf.rounds.metrics import RoundClock, round_metrics
 from rlhf.rounds.saving import Saver, commit_trained
+
+Streams = Mapping[str, SealedRound]
+"""A round's pairs by stream, its own first."""
 
 
 class LoopConfig(Protocol):
@@ -60,7 +64,7 @@ async def run_rounds(system: System, config: LoopConfig) -> None:
     settle(system, done)
     if system.evaluator:
         await system.evaluator.catch_up(done, last=done == config.rounds.count)
-    queue: asyncio.Queue[SealedRound] = asyncio.Queue(maxsize=1)
+    queue: asyncio.Queue[Streams] = asyncio.Queue(maxsize=1)
     permits = asyncio.Semaphore(1 + config.rounds.lookahead)
     rounds = range(done + 1, config.rounds.count + 1)
     saver = Saver(system.learner, system.checkpoints, system.ledger, config.checkpoint.every)
@@ -70,32 +74,31 @@ async def run_rounds(system: System, config: LoopConfig) -> None:
 
 
 async def sample_rounds(
-    system: System, rounds: range, queue: "asyncio.Queue[SealedRound]", permits: asyncio.Semaphore
+    system: System, rounds: range, queue: "asyncio.Queue[Streams]", permits: asyncio.Semaphore
 ) -> None:
     """Turn planned prompts into sealed pairs, a permit a round."""
     for round in rounds:
         await permits.acquire()
-        streams = await system.source.streams(round)
-        # One stream so far; a second one's loss is to be added in each micro-step.
-        (sealed,) = streams.values()
-        await queue.put(sealed)
+        await queue.put(await system.source.streams(round))
 
 
 async def train_rounds(
     system: System,
     config: LoopConfig,
     rounds: range,
-    queue: "asyncio.Queue[SealedRound]",
+    queue: "asyncio.Queue[Streams]",
     permits: asyncio.Semaphore,
     saver: Saver,
 ) -> None:
     """Train each sealed round, publish the new version, save it while the next round is sampled."""
     for round in rounds:
         clock = RoundClock()
-        sealed = await queue.get()
+        streams = await queue.get()
+        own, *others = streams
+        sealed = streams[own]
         clock.lap("idle")
         with system.monitor.progress("learn", len(sealed.pairs) * config.learner.epochs) as bar:
-            async for report in system.learner.train(sealed):
+            async for report in system.learner.train(sealed, {name: streams[name] for name in others}):
                 system.monitor.log("step", round, report.metrics, step=report.step)
                 bar.advance(int(report.metrics["train/pairs"]))
         statistics = await system.learner.statistics()

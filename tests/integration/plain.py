@@ -9,12 +9,16 @@ from tests.integration.ranks import LEARNER, ROUNDS, token_logprobs
 BETA = 0.1
 
 
-def plain_steps(path, steps, trained=lambda name: True):
+def plain_steps(path, steps, trained=lambda name: True, beta=lambda pair: BETA, stop=None):
     """Round 1 of the model at `path`: each step is a list of (weight, pairs) whose mean losses are added up.
 
     Only parameters whose name is `trained` have an optimizer. Returns the streams' mean losses and the gradient norm
-    of each step, and the weights.
+    of each step, and the weights. `stop` is the number of steps taken, by default all.
     """
+
+    def loss(pair):
+        return torch.nn.functional.softplus(-beta(pair) * margin(model, reference, pair))
+
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -28,10 +32,10 @@ def plain_steps(path, steps, trained=lambda name: True):
     groups = [group for group in groups if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=options["lr"], betas=(0.9, 0.95))
     found = []
-    for number, streams in enumerate(steps):
+    for number, streams in enumerate(steps[:stop]):
         for group in optimizer.param_groups:
             group["lr"] = options["lr"] * (1 - (number + 0.5) / len(steps) / ROUNDS)
-        losses = [torch.stack([_loss(model, reference, pair) for pair in pairs]).mean() for _, pairs in streams]
+        losses = [torch.stack([loss(pair) for pair in pairs]).mean() for _, pairs in streams]
         optimizer.zero_grad()
         sum(weight * loss for (weight, _), loss in zip(streams, losses, strict=True)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options["max_grad_norm"])
@@ -40,10 +44,11 @@ def plain_steps(path, steps, trained=lambda name: True):
     return found, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def _loss(model, reference, pair):
+def margin(model, reference, pair):
+    """h, the difference of both responses' log-ratios."""
     ratios = []
     for ids in (pair.chosen_ids, pair.rejected_ids):
         with torch.no_grad():
             base = token_logprobs(reference, pair.prompt_ids, ids).sum()
         ratios.append(token_logprobs(model, pair.prompt_ids, ids).sum() - base)
-    return torch.nn.functional.softplus(-BETA * (ratios[0] - ratios[1]))
+    return ratios[0] - ratios[1]

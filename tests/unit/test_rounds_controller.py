@@ -100,7 +100,7 @@ class World:
         return [make_verdict(item, p, p) for item in comparisons for p in [0.9 if item.a > item.b else 0.1]]
 
     # Learner: takes calls in order, one at a time
-    async def train(self, sealed: SealedRound) -> AsyncIterator[StepReport]:
+    async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         async with self._calls:
             await self.point(f"train {sealed.round}")
             if any(round >= sealed.round for round, _, _ in self.taken):
