@@ -103,9 +103,10 @@ def usage(processes: Sequence[psutil.Process], store: float) -> Usage:
 
 
 def title(process: psutil.Process) -> str:
-    """What a process calls itself; Ray's workers have their actor's name for a command line."""
+    """What a process calls itself; Ray's workers have actor and method for a command line, of which the actor stays."""
     try:
-        return Path(process.cmdline()[0].split()[0]).name
+        name = Path(process.cmdline()[0].split()[0]).name
+        return name.partition(".")[0] if name.startswith("ray::") else name
     except (psutil.Error, IndexError):
         return "ended"
 

@@ -61,9 +61,9 @@ def events(run_dir: Path, kind: str) -> list[dict[str, float]]:
 
 
 def idle_share(spans: Spans) -> float:
-    """Share of the time between the first training's start and the last one's end in which none ran."""
-    busy = sum(end - start for start, end in spans)
-    return 1.0 - busy / (spans[-1][1] - spans[0][0])
+    """Share of the time between the first training's end and the last one's in which none ran."""
+    busy = sum(end - start for start, end in spans[1:])
+    return 1.0 - busy / (spans[-1][1] - spans[0][1])
 
 
 def least_idle(generate: float, learn: float, lookahead: int) -> float:
@@ -86,7 +86,7 @@ def idle_table(standins: StandIns, folder: Path, rounds: int) -> None:
             # The first round is always waited for.
             waiting = statistics.median(event["timing_s/idle"] for event in events(run_dir, "round")[1:])
             least = least_idle(ratio * LEARN_S, LEARN_S, lookahead)
-            idle = idle_share(spans[int(lookahead) :])
+            idle = idle_share(spans)
             print(f"| {ratio * LEARN_S:.1f} | {lookahead} | {idle:.1%} | {least:.1%} | {waiting:.3f} |", flush=True)
 
 

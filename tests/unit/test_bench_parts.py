@@ -112,7 +112,7 @@ def test_a_stopwatch_clocks_calls_coroutines_and_iterators() -> None:
 def test_idle_time_is_what_lies_between_trainings() -> None:
     load("_standins")
     overlap = load("overlap")
-    assert overlap.idle_share([(10.0, 12.0), (13.0, 15.0), (15.0, 18.0)]) == pytest.approx(1 / 8)
+    assert overlap.idle_share([(10.0, 12.0), (13.0, 15.0), (15.0, 18.0)]) == pytest.approx(1 / 6)
     assert overlap.least_idle(1.0, 3.0, lookahead=0) == pytest.approx(0.25)
     assert overlap.least_idle(1.0, 3.0, lookahead=1) == 0.0
     assert overlap.least_idle(4.0, 3.0, lookahead=1) == pytest.approx(0.25)
