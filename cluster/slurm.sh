@@ -22,9 +22,10 @@ cd "${SLURM_SUBMIT_DIR:-$PWD}"
 # shellcheck disable=SC1091
 . "${RLHF_VENV:-.venv}/bin/activate"
 
-# Ports that follow the job's number, so that two jobs on one node do not meet. Ray's folder (below) is short because it
-# holds sockets, whose paths have 107 bytes at most.
-base=$((10000 + SLURM_JOB_ID % 4000 * 5))
+# Ports that follow the job's number, so that two jobs on one node do not meet: above the 10002 to 19999 that Ray gives
+# to workers, below those that the system hands out. Ray's folder (below) is short because it holds sockets, whose paths
+# have 107 bytes at most.
+base=$((20000 + SLURM_JOB_ID % 2500 * 5))
 gcs=$base dashboard=$((base + 1)) client=$((base + 2)) agent=$((base + 3)) metrics=$((base + 4))
 
 # The token reaches the nodes in the environment that srun hands on, and never stands on a command line.
@@ -44,7 +45,8 @@ trap end_steps EXIT
 
 # A step on a node; --block keeps it there. The node itself says how many CPUs of this job it has.
 # shellcheck disable=SC2016 # expanded on the node
-on_node='exec ray start --block --disable-usage-stats --num-cpus="$SLURM_CPUS_ON_NODE" "$@"'
+on_node='exec ray start --block --disable-usage-stats --num-cpus="$SLURM_CPUS_ON_NODE" \
+    --min-worker-port=0 --max-worker-port=0 "$@"'
 srun --overlap --nodes=1 --ntasks=1 --nodelist="$head" bash -c "$on_node" ray \
     --head --node-ip-address="$address" --port="$gcs" --temp-dir="/tmp/rlhf-$SLURM_JOB_ID" \
     --dashboard-host="$address" --dashboard-port="$dashboard" --ray-client-server-port="$client" \
