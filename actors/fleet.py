@@ -11,10 +11,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-
-from actors.calls import ActorDiedError, NoAnswerError, first_line, within
+from actors.calls import ActorDiedError, NoAnswerError, within
 from actors.dispatch import Dispatch
+from actors.reviving import revive
 from rlhf.errors import DeadlineError, EngineLostError, RLHFError
 from rlhf.health import RUNNING, SERVING, Clock, Health, RestartBudget, State
 from rlhf.records import Rollout, SampleRequest
@@ -26,8 +25,7 @@ TOKEN_S = 300.0
 """`cluster.deadlines.token` where nothing else is said."""
 
 LONGEST_POLL_S = 15.0
-LONGEST_PAUSE_S = 60.0
-"""Before a start is tried again: what made it fail, such as memory that is not free yet, may pass."""
+"""Between two looks at members that have work."""
 
 CatchUp = Callable[[str], Awaitable[RLHFError | None]]
 """Brings a member that was started again to the served version and admits it; returns why it could not."""
@@ -250,8 +248,13 @@ class GeneratorFleet:
         return task
 
     async def _come_back(self, member: _Member, catch_up: bool) -> None:
-        while await self._revive(member) and catch_up and self.catch_up:
-            handle = member.handle
+        def start() -> Awaitable[Any]:
+            return self._restart(member.name)
+
+        while (handle := await revive(member.name, member.health, self._budget, start, self._alert)) is not None:
+            member.handle = handle
+            if not catch_up or self.catch_up is None:
+                return
             error = await self.catch_up(member.name)
             if not isinstance(error, EngineLostError):
                 if error:
@@ -259,26 +262,6 @@ class GeneratorFleet:
                 return
             if member.handle is handle and member.health.state in RUNNING:
                 self._drop(member, str(error))
-
-    async def _revive(self, member: _Member) -> bool:
-        """Start a new process until one is there; False, and the member retired, when the budget is spent first."""
-        pause = 0.0
-        while member.health.state == State.DEAD:
-            reason = member.health.reason
-            if not member.health.begin_restart():
-                member.health.retire(f"{reason}; the restarts are spent (cluster.restarts: {self._budget})")
-                self._alert(f"{member.name} is gone for good: {member.health.reason}")
-                return False
-            self._alert(f"{member.name} is started again: {reason} (restarts left: {self._budget.left()})")
-            await asyncio.sleep(pause)
-            try:
-                member.handle = await self._restart(member.name)
-            except (RLHFError, ray.exceptions.RayError) as error:
-                member.health.died(f"could not be started: {first_line(error)}")
-                pause = min(LONGEST_PAUSE_S, 2 * pause or 2.0)
-            else:
-                member.health.restarted()
-        return True
 
     def _tell_if_hopeless(self) -> None:
         """End what is being sampled when nobody serves and nobody will."""

@@ -1,7 +1,9 @@
 """A generator: one vLLM engine in a Ray actor that samples, takes weight updates and proves them."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -15,7 +17,7 @@ from rlhf.errors import EngineLostError, PayloadError
 from rlhf.records import Probe, Rollout, SampleRequest, WeightManifest
 
 LINGER_S = 0.01
-"""How long a response waits for others to travel with: an item of a stream costs the driver as much as 20 responses."""
+"""How long a response waits for others to travel with: a stream's item costs the driver more than what it holds."""
 
 
 class GeneratorActor:
@@ -29,6 +31,12 @@ class GeneratorActor:
         self._references: list[ray.ObjectRef] = []
         self._version: int | None = None
         self._failure: str | None = None
+        # Versions that wrote a token and have been proved; each update, however it ends, wakes who waits for it.
+        self._proved: set[int] = set()
+        self._settled = asyncio.Event()
+        self._updates = 0
+        self._polls = 0
+        self._names = itertools.count()
 
     async def start(self) -> str:
         """Connect the engine's workers to the cluster if they need it; returns the node's id once the model serves."""
@@ -38,11 +46,14 @@ class GeneratorActor:
         return context.get_node_id()
 
     async def sample(self, requests: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[list[Rollout]]:
-        """Yield responses as they end, those of a few milliseconds together; the engine batches all requests."""
+        """Yield responses as they end, those of a few milliseconds together; the engine batches all requests.
+
+        Raises `EngineLostError` if the engine has to be replaced; what was yielded before is good.
+        """
         if self._failure or self._version is None:
             raise EngineLostError(f"{self._name} serves no proved version: {self._failure or 'no update yet'}")
         tasks = [
-            asyncio.create_task(self._engine.sample(request, k, sampling, f"{request.prompt.uid}-{k}-{self._version}"))
+            asyncio.create_task(self._proved_response(request, k, sampling))
             for request in requests
             for k in range(len(request.seeds))
         ]
@@ -52,6 +63,30 @@ class GeneratorActor:
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def _proved_response(self, request: SampleRequest, k: int, sampling: dict[str, Any]) -> Rollout:
+        """Sample response `k` and hold it back until every version that wrote a token of it has been proved.
+
+        An update lets running sequences go on under the new weights before the probe has passed judgement on them.
+        """
+        name = f"{request.prompt.uid}-{k}-{next(self._names)}"
+        rollout = await self._engine.sample(request, k, sampling, name)
+        while unproved := {span.version for span in rollout.versions} - self._proved:
+            if self._failure:
+                raise EngineLostError(f"{self._name}: {self._failure}")
+            if not self._updates:
+                raise RuntimeError(f"{self._name}: tokens of version {min(unproved)}, which nobody sent")
+            await self._settled.wait()
+        return rollout
+
+    def progress(self) -> int:
+        """A number that grows with every token sampled, and with every call while weights are updated.
+
+        An update stops sampling and has a deadline of its own.
+        """
+        if self._updates:
+            self._polls += 1
+        return self._engine.tokens() + self._polls
 
     def staged_references(self) -> list[ray.ObjectRef]:
         """The buffers of the payload being staged; the engine's workers ask for them."""
@@ -64,16 +99,20 @@ class GeneratorActor:
         it has to be replaced.
         """
         self._check_whole()
-        self._references = [bucket.handle for bucket in manifest.buckets]
-        try:
-            await self._engine.stage(manifest.buckets, verify)
-        except Exception as error:
-            self._references = []
-            raise PayloadError(f"{self._name} refused version {manifest.version}: {_root(error)}") from None
-        try:
-            return await self._take(self._engine.load(manifest.version), manifest, verify, tolerance)
-        finally:
-            self._references = []
+        with self._updating():
+            self._references = [bucket.handle for bucket in manifest.buckets]
+            try:
+                await self._engine.stage(manifest.buckets, verify)
+            except EngineLostError as error:
+                self._failure = str(error)
+                raise EngineLostError(f"{self._name}: {self._failure}") from None
+            except Exception as error:
+                self._references = []
+                raise PayloadError(f"{self._name} refused version {manifest.version}: {_root(error)}") from None
+            try:
+                return await self._take(self._engine.load(manifest.version), manifest, verify, tolerance)
+            finally:
+                self._references = []
 
     async def open_nccl(self, group: NcclGroup, rank_offset: int) -> None:
         """Join a group that weights will come through, as ranks from `rank_offset` on; raises `EngineLostError`."""
@@ -90,10 +129,23 @@ class GeneratorActor:
         Nothing is staged, so whatever goes wrong raises `EngineLostError`.
         """
         self._check_whole()
-        received = self._engine.receive(manifest.version, update_info(manifest.buckets))
-        return await self._take(received, manifest, verify, tolerance)
+        with self._updating():
+            received = self._engine.receive(manifest.version, update_info(manifest.buckets))
+            return await self._take(received, manifest, verify, tolerance)
+
+    @contextmanager
+    def _updating(self) -> Iterator[None]:
+        self._updates += 1
+        try:
+            yield
+        finally:
+            self._updates -= 1
+            self._settled.set()
+            self._settled = asyncio.Event()
 
     async def _take(self, loading: Awaitable[None], manifest: WeightManifest, verify: bool, tolerance: float) -> float:
+        # The number may have been proved before, for other weights: a learner goes back to a checkpoint.
+        self._proved.discard(manifest.version)
         try:
             await loading
             await self._engine.resume()
@@ -112,6 +164,7 @@ class GeneratorActor:
             )
             raise EngineLostError(f"{self._name}: {self._failure}")
         self._version = manifest.version
+        self._proved.add(manifest.version)
         return max((error.absolute for error in errors), default=float("nan"))
 
     async def sequence_logprobs(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:

@@ -11,10 +11,11 @@ from actors.calls import within
 from actors.cluster import ClusterInfo
 from actors.engine.llm import engine_environment
 from actors.judge import JudgeActor, JudgePool
-from actors.placement import Role, actor_options, place
+from actors.placement import Role, actor_options, place, stop
 from rlhf.config.judge import EngineJudge, EnsembleJudge, PooledJudge
 from rlhf.config.judge import Judge as JudgeConfig
 from rlhf.config.system import Cluster
+from rlhf.health import RestartBudget
 from rlhf.judging.cache import CachedJudge, judge_identity
 from rlhf.judging.ensemble import EnsembleJudge as Ensemble
 from rlhf.modelfiles import local_folder
@@ -28,13 +29,21 @@ class JudgeLauncher:
     """Places and starts judges on one cluster; verdict caches go to `run_dir`, none without one."""
 
     def __init__(
-        self, cluster: ClusterInfo, options: Cluster, seed: int, run_dir: Path | None, alert: Callable[[str], None]
+        self,
+        cluster: ClusterInfo,
+        options: Cluster,
+        seed: int,
+        run_dir: Path | None,
+        alert: Callable[[str], None],
+        budget: RestartBudget | None = None,
     ):
+        """Restarts take from `budget`, by default one of their own."""
         self._cluster = cluster
         self._deadlines = options.deadlines
         self._seed = seed
         self._run_dir = run_dir
         self._alert = alert
+        self._budget = budget or RestartBudget(options.restarts.budget, options.restarts.window_s)
 
     async def start(self, config: JudgeConfig, name: str, advance: Callable[[], None]) -> Judge:
         """The judge behind its port; `name` is its actors' prefix, `advance` is called as each actor is ready."""
@@ -60,11 +69,19 @@ class JudgeLauncher:
                 config, self._cluster.device, self._seed
             )
             await within(handle.start.remote(), self._deadlines.start, f"{name}-{index}: loading the judge")
+            return handle
+
+        async def first(index: int) -> Any:
+            handle = await launch(index)
             advance()
             return handle
 
-        handles = await asyncio.gather(*(launch(index) for index in range(config.replicas)))
-        pool = JudgePool(handles, config.batch_size, self._deadlines.judge, name)
+        async def restart(index: int) -> Any:
+            await stop(f"{name}-{index}", self._cluster.device == "cuda" and isinstance(config, EngineJudge))
+            return await launch(index)
+
+        handles = await asyncio.gather(*(first(index) for index in range(config.replicas)))
+        pool = JudgePool(handles, config.batch_size, self._deadlines.judge, name, restart, self._budget, self._alert)
         if self._run_dir is None or not config.cache:
             return pool
         return CachedJudge(pool, self._run_dir / "verdicts" / f"{name}.sqlite", judge_identity(config), self._alert)

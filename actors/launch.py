@@ -1,7 +1,6 @@
 """Starts the actors of a run: the only place that knows which process gets which resources."""
 
 import asyncio
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,16 @@ from actors.generator import GeneratorActor
 from actors.judge_launch import JudgeLauncher
 from actors.learner import LearnerGroup
 from actors.learner_launch import start_learner
-from actors.placement import Role, actor_options, place
+from actors.placement import Role, actor_options, place, stop
 from actors.weights.transport import pick_transport
 from rlhf.config import RunConfig
 from rlhf.config.judge import single_judges, with_path
-from rlhf.errors import RLHFError
+from rlhf.health import RestartBudget
 from rlhf.learning.lora import adapter_shapes
 from rlhf.ports import Judge, Monitor
 
 CONCURRENCY = 10_000
 """Calls an async actor takes at once; vLLM itself bounds what runs."""
-
-SHUTDOWN_S = 60.0
-"""What a generator that is to be replaced may take to stop its engine before it is killed."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,8 @@ class Launcher:
         self._shapes = shapes
         self._deadline = config.cluster.deadlines.start
         self._gpu = cluster.device == "cuda"
+        restarts = config.cluster.restarts
+        self._budget = RestartBudget(restarts.budget, restarts.window_s)
         self.transport = pick_transport(config, cluster.device)
         self._adapters: AdapterSpec | None = None
         if config.sync.lora == "adapters" and (lora := config.learner.lora):
@@ -73,15 +71,17 @@ class Launcher:
                         adapters=self._adapters is not None,
                     )
                 )  # fmt: skip
-                fleet = tasks.create_task(self._fleet(bar))
-                launcher = JudgeLauncher(self._cluster, config.cluster, config.seed, run_dir, monitor.alert)
+                fleet = tasks.create_task(self._fleet(bar, monitor))
+                launcher = JudgeLauncher(
+                    self._cluster, config.cluster, config.seed, run_dir, monitor.alert, self._budget
+                )
                 started = [
                     tasks.create_task(launcher.start(with_path(judge, self._model), name, bar.advance))
                     for name, judge in judges.items()
                 ]
         return Parts(fleet.result(), started[0].result(), started[-1].result(), learner.result())
 
-    async def _fleet(self, bar: Any) -> GeneratorFleet:
+    async def _fleet(self, bar: Any, monitor: Monitor) -> GeneratorFleet:
         config = self._config.generator
         threads = self._cluster.threads(config.cpus, config.replicas)
         role = Role(
@@ -104,6 +104,7 @@ class Launcher:
             arguments=config.engine,
             transport=self.transport,
             adapters=self._adapters,
+            sync_s=self._config.cluster.deadlines.sync,
         )
 
         environment = engine_environment(self._cluster.device, threads)
@@ -113,19 +114,25 @@ class Launcher:
             options = actor_options(name, group, names.index(name), role, environment)
             handle: Any = actor.options(**options, max_concurrency=CONCURRENCY).remote(name, spec, self._shapes)
             await within(handle.start.remote(), self._deadline, f"{name}: loading the model")
+            return handle
+
+        async def first(name: str) -> Any:
+            handle = await launch(name)
             bar.advance()
             return handle
 
         async def restart(name: str) -> Any:
-            with suppress(ValueError):  # It may have died by itself.
-                old = ray.get_actor(name)
-                if self._gpu:
-                    # The engine's processes hold the GPU and would outlive the actor by seconds.
-                    with suppress(RLHFError):
-                        await within(old.shutdown.remote(), SHUTDOWN_S, f"{name}: stopping the engine")
-                ray.kill(old)
+            await stop(name, orderly=self._gpu)
             return await launch(name)
 
-        handles = await asyncio.gather(*(launch(name) for name in names))
-        sequences = int(config.engine.get("max_num_seqs", 128 if self._cluster.device == "cpu" else 256))
-        return GeneratorFleet(dict(zip(names, handles, strict=True)), config.sampling.model_dump(), sequences, restart)
+        handles = await asyncio.gather(*(first(name) for name in names))
+        return GeneratorFleet(
+            dict(zip(names, handles, strict=True)),
+            config.sampling.model_dump(),
+            int(config.engine.get("max_num_seqs", 128 if self._cluster.device == "cpu" else 256)),
+            restart,
+            self._budget,
+            self._config.cluster.deadlines.token,
+            monitor.alert,
+            publishes_meanwhile=self._config.rounds.lookahead > 0,
+        )

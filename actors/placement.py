@@ -1,6 +1,8 @@
 """Where actors run: one placement group a role, with a deadline and a message that says what is missing."""
 
 import asyncio
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +10,13 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.calls import within
 from rlhf.errors import DeadlineError, RLHFError
+
+SHUTDOWN_S = 60.0
+"""What an actor that is to be replaced may take to stop its engine before it is killed, and then to be gone."""
+
+NAME_POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,24 @@ def check_fits(role: Role, nodes: list[dict[str, Any]]) -> None:
             f"{role.count} {role.name} actors of {bundle} do not fit this cluster ({len(nodes)} nodes, {total} in all, "
             f"room for {room}); ask for fewer or add nodes"
         )
+
+
+async def stop(name: str, orderly: bool) -> None:
+    """Stop an actor whose place another one is to take; it may be gone already.
+
+    With `orderly` it is asked to stop its engine first, whose processes hold a GPU and would outlive it by seconds.
+    """
+    with suppress(ValueError):  # It is gone.
+        actor = ray.get_actor(name)
+        if orderly:
+            with suppress(RLHFError):
+                await within(actor.shutdown.remote(), SHUTDOWN_S, f"{name}: stopping the engine")
+        ray.kill(actor)
+    end = time.monotonic() + SHUTDOWN_S
+    with suppress(ValueError):
+        # Its name is free once the cluster knows that it is dead.
+        while ray.get_actor(name) and time.monotonic() < end:  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(NAME_POLL_S)
 
 
 def actor_options(

@@ -18,16 +18,21 @@ class AdapterWorker:
     _adapter_receiver: Receiver
 
     def connect_adapters(
-        self, address: str, namespace: str, holder: str, expected: Sequence[tuple[str, Sequence[int]]]
+        self,
+        address: str,
+        namespace: str,
+        holder: str,
+        expected: Sequence[tuple[str, Sequence[int]]],
+        deadline: float,
     ) -> dict[str, bool]:
-        """Join the cluster as a receiver of the adapters `expected`, by name and shape.
+        """Join the cluster as a receiver of the adapters `expected`, by name and shape, each within `deadline` s.
 
         Returns for each whether this worker has the layer that it belongs to.
         """
         from vllm.lora.utils import parse_fine_tuned_lora_name
 
         shapes = {name: tuple(shape) for name, shape in expected}
-        self._adapter_receiver = Receiver(address, namespace, holder, shapes)
+        self._adapter_receiver = Receiver(address, namespace, holder, shapes, deadline)
         manager, mapper = self._adapter_manager(), self._adapter_names()
         layers = set(manager.modules).union(*manager.packed_modules.values())
         return {name: parse_fine_tuned_lora_name(name, mapper)[0] in layers for name in shapes}

@@ -64,10 +64,12 @@ class Adapters:
         self._serving: Adapter | None = None
         self._old: list[Adapter] = []
 
-    async def connect(self, address: str, namespace: str, holder: str, expected: dict[str, tuple[int, ...]]) -> None:
+    async def connect(
+        self, address: str, namespace: str, holder: str, expected: dict[str, tuple[int, ...]], deadline: float
+    ) -> None:
         """Let the workers join the cluster; raises `InputError` for a layer that none of them serves adapters on."""
         table = [(name, list(shape)) for name, shape in expected.items()]
-        found = await self._llm.collective_rpc("connect_adapters", args=(address, namespace, holder, table))
+        found = await self._llm.collective_rpc("connect_adapters", args=(address, namespace, holder, table, deadline))
         if strange := [name for name in expected if not any(worker[name] for worker in found)]:
             layers = sorted({name.split(".")[-3] for name in strange})
             raise InputError(

@@ -1,8 +1,8 @@
 """vLLM's AsyncLLM behind the few calls that generators and judges need."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 
 from actors.engine.adapters import Adapter, Adapters, AdapterSpec
 from actors.engine.plugin import NCCL, TRANSPORT, register
+from rlhf.errors import EngineLostError
 from rlhf.records import Bucket, Rollout, SampleRequest, VersionSpan
 
 
@@ -32,6 +33,8 @@ class EngineSpec:
     arguments: dict[str, Any]
     transport: str | None
     adapters: AdapterSpec | None = None
+    sync_s: float = 600.0
+    """Seconds in which a payload must have reached a worker."""
 
 
 class Engine:
@@ -44,6 +47,8 @@ class Engine:
         register()
         self._salt = 0
         self._calls = count()
+        self._finished = 0
+        self._sync_s = spec.sync_s
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
         self._adapters = Adapters(self._engine, spec.adapters) if spec.adapters else None
 
@@ -74,6 +79,11 @@ class Engine:
             finish_reason=output.finish_reason or "unknown",
             versions=tuple(VersionSpan(*span) for span in versions),
         )
+
+    def tokens(self) -> int:
+        """Tokens sampled so far, those of requests that still run included; for signs of life."""
+        running = self._engine.output_processor.request_states.values()
+        return self._finished + sum(state.detokenizer.num_output_tokens() for state in running if state.detokenizer)
 
     async def next_logprobs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> np.ndarray:
         """Log-probs of `token_ids` as the next token of each prompt: float64 [len(prompts), len(token_ids)]."""
@@ -107,7 +117,7 @@ class Engine:
         `expected` holds every tensor of a payload. Raises `InputError` for adapters that vLLM cannot serve.
         """
         if self._adapters:
-            await self._adapters.connect(address, namespace, holder, expected)
+            await self._adapters.connect(address, namespace, holder, expected, self._sync_s)
             return
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
@@ -116,15 +126,20 @@ class Engine:
             "namespace": namespace,
             "holder": holder,
             "expected": [(name, list(shape)) for name, shape in expected.items()],
+            "deadline": self._sync_s,
         }
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def stage(self, buckets: Sequence[Bucket], verify: bool) -> None:
         """Map and check a payload on every worker; the engine goes on serving."""
         tables = [[asdict(spec) for spec in bucket.tensors] for bucket in buckets]
-        if self._adapters:
-            await self._adapters.stage(tables, verify)
-            return
+        with naming_death():
+            if self._adapters:
+                await self._adapters.stage(tables, verify)
+            else:
+                await self._stage(tables, verify)
+
+    async def _stage(self, tables: list[list[dict[str, Any]]], verify: bool) -> None:
         await self._engine.start_weight_update()
         try:
             await self._phase({"phase": "stage", "verify": verify, "buckets": tables})
@@ -191,10 +206,12 @@ class Engine:
         prompt = TokensPrompt(prompt_token_ids=list(token_ids), cache_salt=str(self._salt))
         final: Any = None
         lora = adapter.request if adapter else None
-        async for output in self._engine.generate(prompt, params, request_id=name, lora_request=lora):
-            final = output
+        with naming_death():
+            async for output in self._engine.generate(prompt, params, request_id=name, lora_request=lora):
+                final = output
         if final is None:
             raise RuntimeError(f"vLLM ended request {name} without an output")
+        self._finished += len(final.outputs[0].token_ids)
         return final
 
 
@@ -241,10 +258,15 @@ def engine_environment(device: str, cpus: int) -> dict[str, str]:
     return environment
 
 
-async def all_rollouts(tasks: Sequence["asyncio.Task[Rollout]"]) -> AsyncIterator[Rollout]:
-    """Rollouts as they end."""
-    for task in asyncio.as_completed(tasks):
-        yield await task
+@contextmanager
+def naming_death() -> Iterator[None]:
+    """The death of an engine's own process, which its actor survives, becomes an `EngineLostError`."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineLostError("vLLM's engine process died") from error
 
 
 def _version(label: str) -> int:

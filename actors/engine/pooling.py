@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.engine.llm import EngineSpec, engine_arguments
+from actors.engine.llm import EngineSpec, engine_arguments, naming_death
 from rlhf.judging.reward_model import check_reward_model
 
 
@@ -42,9 +42,10 @@ class PoolingEngine:
         # The activation is a sigmoid: Bradley-Terry needs the number before it.
         params = PoolingParams(task="classify", use_activation=False)
         name = f"reward-{next(self._names)}"
-        async for output in self._engine.encode(TokensPrompt(prompt_token_ids=ids), params, request_id=name):
-            [reward] = output.outputs.data.flatten().tolist()
-            return float(reward)
+        with naming_death():
+            async for output in self._engine.encode(TokensPrompt(prompt_token_ids=ids), params, request_id=name):
+                [reward] = output.outputs.data.flatten().tolist()
+                return float(reward)
         raise RuntimeError(f"vLLM ended request {name} without an output")
 
     def _skipped_padding(self) -> int | None:

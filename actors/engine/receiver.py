@@ -1,6 +1,7 @@
 """The receiving end of the `object_store` transport inside vLLM's worker: maps a payload and checks it whole."""
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,15 @@ from rlhf.records import Bucket, TensorSpec
 class Receiver:
     """Holds the payload that was staged last."""
 
-    def __init__(self, address: str, namespace: str, holder: str, expected: Mapping[str, tuple[int, ...]]):
+    def __init__(
+        self, address: str, namespace: str, holder: str, expected: Mapping[str, tuple[int, ...]], deadline: float
+    ):
         """Join the cluster: an engine process is no Ray worker, but may connect as a driver.
 
-        `holder` is the generator's actor, `expected` holds name and shape of every tensor of a whole payload.
+        `holder` is the generator's actor, `expected` holds name and shape of every tensor of a whole payload, which
+        must be here within `deadline` seconds.
         """
+        self._deadline = deadline
         self._namespace = namespace
         self._holder = holder
         self._expected = expected
@@ -34,11 +39,16 @@ class Receiver:
             )
 
     def stage(self, tables: Sequence[Sequence[Mapping[str, Any]]], verify: bool) -> None:
-        """Map the buffers of a payload whose tensors `tables` lists, buffer by buffer; raises `PayloadError`."""
+        """Map the buffers of a payload whose tensors `tables` lists, buffer by buffer.
+
+        Raises `PayloadError` for a payload that is wrong, Ray's `GetTimeoutError` for one that does not come.
+        """
         # The references come through the generator actor, in band: Ray then counts this process as a borrower,
         # and the buffers are mapped from the node's shared memory, not copied.
         holder = ray.get_actor(self._holder, namespace=self._namespace)
-        buffers: list[np.ndarray] = ray.get(ray.get(holder.staged_references.remote()))
+        end = time.monotonic() + self._deadline
+        references: list[Any] = ray.get(holder.staged_references.remote(), timeout=self._deadline)
+        buffers: list[np.ndarray] = ray.get(references, timeout=max(0.0, end - time.monotonic()))
         buckets = [
             Bucket(tuple(_spec(row) for row in rows), len(buffer)) for rows, buffer in zip(tables, buffers, strict=True)
         ]

@@ -21,13 +21,14 @@ from actors.engine.receiver import Receiver
 class ObjectStoreInitInfo(WeightTransferInitInfo):
     """Where this worker finds the cluster and its generator, and what a whole payload holds.
 
-    `expected` lists (name, shape) of every checkpoint tensor.
+    `expected` lists (name, shape) of every checkpoint tensor, `deadline` is in seconds and for one payload.
     """
 
     address: str
     namespace: str
     holder: str
     expected: list[tuple[str, list[int]]]
+    deadline: float
 
 
 @dataclass
@@ -49,7 +50,9 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
     def init_transfer_engine(self, init_info: ObjectStoreInitInfo) -> None:
         """Join the cluster."""
         expected = {name: tuple(shape) for name, shape in init_info.expected}
-        self._receiver = Receiver(init_info.address, init_info.namespace, init_info.holder, expected)
+        self._receiver = Receiver(
+            init_info.address, init_info.namespace, init_info.holder, expected, init_info.deadline
+        )
 
     def start_weight_update(self) -> None:
         """Nothing yet: the reload starts in the load phase, once the whole payload has passed its checks."""
