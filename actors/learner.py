@@ -218,7 +218,8 @@ def naming_memory() -> Iterator[None]:
         reason = str(error).split(". ")[0]
         raise RLHFError(
             f"learner: out of GPU memory ({reason}); lower learner.micro_batch_size or learner.max_length, set "
-            "learner.activation_checkpointing true, or shard over more ranks with learner.zero_stage 3"
+            "learner.activation_checkpointing or learner.offload.optimizer true, or shard over more ranks with "
+            "learner.zero_stage 3"
         ) from error
 
 
