@@ -81,7 +81,7 @@ def _assemble(
             run_dir,
             training_judge=parts.judge if config.eval_judge else None,
         )
-    source = OnlineSource(config, order, parts.fleet, parts.judge, ledger, monitor)
+    source = OnlineSource(config, order, parts.fleet, parts.judge, ledger, monitor, parts.fleet.metrics)
     others: dict[str, SecondStream] = {}
     if config.buffer:
         others["replay"] = ReplayBuffer(config.buffer, ledger, config.seed)

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,10 @@ class OnlineSource:
         judge: Judge,
         ledger: Ledger,
         monitor: Monitor,
+        fleet_metrics: Callable[[], Mapping[str, float]] = dict,
     ):
+        """`fleet_metrics` are taken into a round's when it is sealed."""
+        self._fleet_metrics = fleet_metrics
         self._config = config
         self._order = order
         self._generators = generators
@@ -83,6 +86,8 @@ class OnlineSource:
         pairs = [pair for result in results for pair in result.pairs]
         metrics = rollout_metrics(rollouts, generate_s) | judge_metrics(verdicts) | _pair_metrics(results)
         metrics |= {"timing_s/generate": generate_s, "timing_s/judge": total_s - generate_s}
+        metrics |= {"rollout/dropped_stale": float(sum(self._too_old(rollout, round) for rollout in rollouts))}
+        metrics |= self._fleet_metrics()
         warnings = health_warnings(metrics, health) + _empty_warnings(round, metrics)
         folder = self._ledger.folder(round)
         await asyncio.to_thread(_write, folder, rollouts, verdicts)
@@ -122,7 +127,17 @@ class OnlineSource:
         rng = self._undrawn
         if self._config.pairing.strategy in DRAWING:
             rng = np.random.default_rng(derive_seed(self._config.seed, "pairing", prompt.uid, round))
-        return await make_pairs(group, prompt, self._judge, self._config.pairing, rng, round)
+        fresh = [rollout for rollout in group if not self._too_old(rollout, round)]
+        samples = self._config.generator.samples
+        return await make_pairs(fresh, prompt, self._judge, self._config.pairing, rng, round, samples)
+
+    def _too_old(self, rollout: Rollout, round: int) -> bool:
+        """Would its oldest token be more than rounds.max_staleness versions old when the round is trained?
+
+        Permits keep sampling close to training; this bounds what is trained whatever a generator went through.
+        """
+        oldest = min((span.version for span in rollout.versions), default=round)
+        return round - 1 - oldest > self._config.rounds.max_staleness
 
 
 def sample_requests(prompts: list[Prompt], samples: int, seed: int, scope: int | str) -> list[SampleRequest]:
@@ -156,6 +171,11 @@ def _empty_warnings(round: int, metrics: dict[str, Any]) -> list[str]:
         warnings.append(f"round {round} kept no pair: no step is taken (see pairs/dropped_* and judge/*)")
     if metrics["pairs/empty_responses"]:
         warnings.append(f"{metrics['pairs/empty_responses']:.0f} responses have no tokens and were left out")
+    if metrics["rollout/dropped_stale"]:
+        warnings.append(
+            f"round {round}: {metrics['rollout/dropped_stale']:.0f} responses have tokens of a version that is older "
+            "than rounds.max_staleness allows; they were dropped, and their prompts with them"
+        )
     return warnings
 
 

@@ -15,6 +15,7 @@ from rlhf.errors import InputError, RLHFError
 from rlhf.judging.verdicts import invalid_verdict, make_verdict
 from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VersionSpan
 from rlhf.rounds.ledger import Ledger, RoundState
+from rlhf.rounds.metrics import staleness
 from rlhf.rounds.online import OnlineSource, rollout_metrics, sample_requests
 from rlhf.rounds.sealing import read_rollouts
 from rlhf.seeds import derive_seed
@@ -138,6 +139,54 @@ async def test_responses_without_tokens_are_counted_and_said(tmp_path: Path) -> 
     metrics, warnings = source.metrics(1)
     assert (metrics["pairs/kept"], metrics["pairs/empty_responses"]) == (0.0, 3.0)
     assert ["kept no pair" in warnings[0], "3 responses have no tokens" in warnings[1]] == [True, True]
+
+
+async def test_responses_that_would_be_too_old_at_training_are_dropped_and_counted(tmp_path: Path) -> None:
+    class Old(Ports):
+        """Its rounds are sampled under version 0; the first prompt's last response has a token of version -1."""
+
+        async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+            async for rollout in super().sample(requests, deadline):
+                if rollout.uid == requests[0].prompt.uid and rollout.k == 2:
+                    yield replace(rollout, versions=(VersionSpan(-1, 0, 1), VersionSpan(0, 1, 2)))
+                else:
+                    yield rollout
+
+    source = make_source(ports := Old(), tmp_path, make_config(), prompts=9)
+    for round, (pairs, stale) in enumerate([(3, 0.0), (2, 1.0), (0, 9.0)], start=1):
+        before = len(ports.judged)
+        sealed = (await source.streams(round))["online"]
+        metrics, warnings = source.metrics(round)
+        assert (len(sealed.pairs), metrics["rollout/dropped_stale"]) == (pairs, stale)
+        # What is trained is as old as it may be, and its age is that of its oldest token.
+        assert staleness(sealed)["pairs/staleness_max"] <= 1.0
+        assert any("older than rounds.max_staleness allows" in warning for warning in warnings) == (stale > 0)
+        assert len(set(ports.judged[before:])) == pairs  # nothing is judged in vain
+        assert pq.read_table(tmp_path / f"rounds/{round:04d}/rollouts.parquet").num_rows == 9
+
+
+async def test_a_pairs_age_is_that_of_its_oldest_token(tmp_path: Path) -> None:
+    class Mixed(Ports):
+        """Each response ran through an update: its end is of the version that is being trained."""
+
+        async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+            async for rollout in super().sample(requests, deadline):
+                yield replace(rollout, versions=(VersionSpan(0, 0, 1), VersionSpan(1, 1, 2)))
+
+    source = make_source(Mixed(), tmp_path, make_config())
+    await source.streams(1)
+    sealed = (await source.streams(2))["online"]
+    assert staleness(sealed) == {"pairs/staleness_mean": 1.0, "pairs/staleness_max": 1.0}
+    # Two versions wrote them: the engine's log-probs are nobody's to compare with.
+    assert {pair.chosen_logprobs for pair in sealed.pairs} == {()}
+
+
+async def test_the_fleets_metrics_are_taken_when_a_round_is_sealed(tmp_path: Path) -> None:
+    config, ports = make_config(), Ports()
+    order, ledger = PromptOrder(make_prompts(5), config.seed), Ledger(tmp_path)
+    source = OnlineSource(config, order, ports, ports, ledger, ports, lambda: {"fleet/restarts": 2.0})
+    await source.streams(1)
+    assert source.metrics(1)[0]["fleet/restarts"] == 2.0
 
 
 async def test_a_failed_round_leaves_nothing_sealed(tmp_path: Path) -> None:
