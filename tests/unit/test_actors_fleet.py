@@ -1,0 +1,317 @@
+"""The fleet over in-process generators that die, hang and come back: every response once, whoever gave it."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+import pytest
+import ray
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors.fleet import GeneratorFleet
+from rlhf.errors import DeadlineError, EngineLostError, PayloadError, RLHFError
+from rlhf.health import RestartBudget, State
+from rlhf.records import Prompt, Rollout, SampleRequest, VersionSpan
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def requests(count: int, samples: int = 2) -> list[SampleRequest]:
+    return [
+        SampleRequest(Prompt(f"u{n}", (), "", (n,)), tuple(100 * n + k for k in range(samples))) for n in range(count)
+    ]
+
+
+def wanted(given: Sequence[SampleRequest]) -> dict[tuple[str, int], int]:
+    return {(request.prompt.uid, k): seed for request in given for k, seed in enumerate(request.seeds)}
+
+
+class Remote:
+    """A method of an actor handle."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def options(self, **_: Any) -> "Remote":
+        return self
+
+    def remote(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
+class Generator:
+    """Answers each seed with itself as its only token, one response after the other; `dies_after` so many."""
+
+    def __init__(self, name: str, delay: float = 0.0, dies_after: int | None = None, wedged: bool = False) -> None:
+        self.name, self.delay, self.dies_after, self.wedged = name, delay, dies_after, wedged
+        self.given: list[int] = []
+        self.dead = False
+        self.counts: bool = False
+        self.calls = 0
+        self.sample, self.version, self.progress = Remote(self._sample), Remote(self._version), Remote(self._progress)
+
+    async def _sample(self, chunk: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Awaitable[Any]]:
+        for request in chunk:
+            for k, seed in enumerate(request.seeds):
+                while self.wedged:  # noqa: ASYNC110 - there is no event
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(self.delay)
+                if self.dead or (self.dies_after is not None and len(self.given) >= self.dies_after):
+                    self.dead = True
+                    raise ray.exceptions.ActorDiedError()
+                self.given.append(seed)
+                rollout = Rollout(request.prompt.uid, k, (seed,), (-1.0,), "", "stop", (VersionSpan(0, 0, 1),))
+                yield _value([rollout])
+
+    async def _version(self) -> int:
+        if self.dead:
+            raise ray.exceptions.ActorDiedError()
+        return 0
+
+    async def _progress(self) -> int:
+        self.calls += 1
+        return len(self.given) + (self.calls if self.counts else 0)
+
+
+async def _value(value: Any) -> Any:
+    return value
+
+
+class World:
+    """A fleet of generators; `spares` take the places of lost ones, a list of them for each name."""
+
+    def __init__(
+        self,
+        *generators: Generator,
+        spares: Sequence[Generator | Exception] = (),
+        budget: int = 5,
+        token_s: float = 60.0,
+    ) -> None:
+        self.spares = list(spares)
+        self.alerts: list[str] = []
+        self.gate: asyncio.Event | None = None
+        self.generators = {generator.name: generator for generator in generators}
+        self.fleet = GeneratorFleet(
+            dict(self.generators), {}, 4, self._restart, RestartBudget(budget, 3600.0), token_s, self.alerts.append
+        )
+        self.fleet.catch_up = self._catch_up
+
+    async def _restart(self, name: str) -> Generator:
+        if self.gate:
+            await self.gate.wait()
+        spare = self.spares.pop(0) if self.spares else Generator(name)
+        if isinstance(spare, Exception):
+            raise spare
+        self.generators[name] = spare
+        return spare
+
+    async def _catch_up(self, name: str) -> RLHFError | None:
+        await self.fleet.admit(name, 0)
+        return None
+
+    async def admitted(self) -> "World":
+        for name in self.fleet.members():
+            await self.fleet.admit(name, 0)
+        return self
+
+    async def sample(self, given: Sequence[SampleRequest], deadline: float = 20.0) -> dict[tuple[str, int], int]:
+        found = [rollout async for rollout in self.fleet.sample(given, deadline)]
+        assert max(Counter((rollout.uid, rollout.k) for rollout in found).values(), default=1) == 1
+        return {(rollout.uid, rollout.k): rollout.token_ids[0] for rollout in found}
+
+
+async def test_what_a_dead_member_had_not_given_is_sampled_by_others_with_the_same_seeds() -> None:
+    dying, other = Generator("g0", dies_after=5), Generator("g1", delay=0.001)
+    world = await World(dying, other).admitted()
+    assert await world.sample(given := requests(24, 3)) == wanted(given)
+    spare = world.generators["g0"]
+    # What had arrived was not sampled again.
+    assert Counter(dying.given + other.given + (spare.given if spare is not dying else [])) == Counter(
+        wanted(given).values()
+    )
+    await world.fleet.recovered()
+    assert world.fleet.state("g0") == State.HEALTHY
+    assert world.fleet.metrics() == {"fleet/members": 2.0, "fleet/restarts": 1.0}
+    assert world.fleet.metrics()["fleet/restarts"] == 0.0
+    [alert] = world.alerts
+    assert alert.startswith("g0 is started again: died while sampling")
+
+
+async def test_a_member_that_comes_back_joins_the_round_that_runs() -> None:
+    world = await World(Generator("g0", dies_after=1), Generator("g1", delay=0.01)).admitted()
+    assert await world.sample(given := requests(60)) == wanted(given)
+    assert world.generators["g0"].given, "the new process took part"
+
+
+async def test_sampling_waits_while_all_members_are_being_started_again() -> None:
+    world = await World(Generator("g0", dies_after=3)).admitted()
+    world.gate = asyncio.Event()
+    task = asyncio.create_task(world.sample(given := requests(10)))
+    await asyncio.sleep(0.2)
+    assert not task.done()
+    assert (world.fleet.members(), world.fleet.running()) == (["g0"], [])
+    world.gate.set()
+    assert await task == wanted(given)
+
+
+async def test_the_deadline_stays_while_sampling_waits_and_says_where_everybody_is() -> None:
+    world = await World(Generator("g0", dies_after=3)).admitted()
+    world.gate = asyncio.Event()
+    with pytest.raises(DeadlineError, match=r"not all of 20 responses came within 0 s; g0 is restarting"):
+        await world.sample(requests(10), deadline=0.3)
+
+
+async def test_nobody_left_and_the_budget_spent_is_one_clear_error() -> None:
+    spares = [Generator("g0", dies_after=0), Generator("g0", dies_after=0)]
+    world = await World(Generator("g0", dies_after=1), spares=spares, budget=2).admitted()
+    with pytest.raises(RLHFError) as error:
+        await world.sample(requests(10))
+    message = str(error.value)
+    assert message.startswith("no generator serves a proved version: g0 is retired (died while sampling")
+    assert "the restarts are spent (cluster.restarts: 2 in 3600 s)" in message
+    assert "\n" not in message
+    assert len(world.alerts) == 3
+    # The next round is told at once, and publishing still has somebody to name.
+    with pytest.raises(RLHFError, match="g0 is retired"):
+        await world.sample(requests(1))
+    assert world.fleet.members() == ["g0"]
+
+
+async def test_others_go_on_when_one_is_gone_for_good() -> None:
+    world = await World(Generator("g0", dies_after=1), Generator("g1"), budget=0).admitted()
+    assert await world.sample(given := requests(12)) == wanted(given)
+    assert world.fleet.members() == ["g1"]
+    assert world.alerts == ["g0 is gone for good: " + world.fleet._members["g0"].health.reason]
+
+
+async def test_a_start_that_fails_is_tried_again_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.reviving.FIRST_PAUSE_S", 0.01)
+    spares = [RLHFError("out of memory"), Generator("g0")]
+    world = await World(Generator("g0", dies_after=1), spares=spares).admitted()
+    assert await world.sample(given := requests(6)) == wanted(given)
+    assert ["could not be started: out of memory" in alert for alert in world.alerts] == [False, True]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_wedged_member_is_replaced_though_it_answers(answers: bool) -> None:
+    """It says how many tokens it has sampled whenever it is asked, and the number never grows."""
+    wedged = Generator("g0", wedged=True)
+    if not answers:
+        wedged.progress = Remote(lambda: asyncio.sleep(60))
+    world = await World(wedged, Generator("g1"), token_s=0.4).admitted()
+    assert await world.sample(given := requests(12)) == wanted(given)
+    assert wedged.given == []
+    assert any("gave nothing for" in alert for alert in world.alerts)
+    await world.fleet.recovered()
+    assert world.fleet.state("g0") == State.HEALTHY
+
+
+async def test_a_slow_member_is_left_alone_while_its_tokens_come() -> None:
+    """No response for three deadlines: but its count of tokens grows."""
+    slow = Generator("g0", wedged=True)
+    slow.counts = True
+    world = await World(slow, token_s=0.3).admitted()
+    task = asyncio.create_task(world.sample(given := requests(2)))
+    await asyncio.sleep(1.0)
+    slow.wedged = False
+    assert await task == wanted(given)
+    assert world.alerts == []
+
+
+async def test_a_suspect_gets_no_new_work_and_is_trusted_again_when_it_answers() -> None:
+    slow, other = Generator("g0", wedged=True), Generator("g1", delay=0.02)
+    world = await World(slow, other, token_s=2.0).admitted()
+    task = asyncio.create_task(world.sample(given := requests(40)))
+    async with asyncio.timeout(5):
+        while world.fleet.state("g0") != State.SUSPECT:  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(0.01)
+    assert world.fleet.taking() == ["g1"]
+    slow.wedged = False
+    assert await task == wanted(given)
+    assert world.fleet.state("g0") == State.HEALTHY
+    assert world.alerts == []
+
+
+async def test_a_failed_proof_or_a_dead_engine_process_sends_its_prompts_to_others() -> None:
+    class Unproved(Generator):
+        async def _sample(self, chunk: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Any]:
+            raise EngineLostError("g0: version 1 gives log-probs 3 off the learner's")
+            yield
+
+    world = await World(Unproved("g0"), Generator("g1")).admitted()
+    assert await world.sample(given := requests(8)) == wanted(given)
+    assert "version 1 gives log-probs 3 off" in world.alerts[0]
+
+
+async def test_any_other_error_ends_the_round_at_once() -> None:
+    class Broken(Generator):
+        async def _sample(self, chunk: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Any]:
+            raise ValueError("a mistake of ours")
+            yield
+
+    world = await World(Broken("g0"), Generator("g1", delay=0.01)).admitted()
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        await world.sample(requests(8))
+    assert world.alerts == []
+
+
+async def test_a_member_that_dies_before_it_is_admitted_is_started_again() -> None:
+    dead = Generator("g0")
+    dead.dead = True
+    world = await World(dead, Generator("g1")).admitted()
+    await world.fleet.recovered()
+    assert world.fleet.taking() == ["g0", "g1"]
+
+
+async def test_who_gets_no_payload_waits_for_the_next_version() -> None:
+    world = await World(Generator("g0", dies_after=1), Generator("g1")).admitted()
+
+    async def refused(name: str) -> RLHFError | None:
+        return PayloadError("the learner's buffers are gone")
+
+    world.fleet.catch_up = refused
+    assert await world.sample(given := requests(8)) == wanted(given)
+    await world.fleet.recovered()
+    assert world.fleet.state("g0") == State.STALE
+    assert world.alerts[-1] == "g0 waits for the next version: the learner's buffers are gone"
+    await world.fleet.admit("g0", 0)
+    assert world.fleet.taking() == ["g0", "g1"]
+
+
+async def test_a_suspended_member_is_not_asked_until_it_is_admitted_again() -> None:
+    world = await World(Generator("g0"), Generator("g1")).admitted()
+    await world.fleet.suspend("g0")
+    assert await world.sample(given := requests(8)) == wanted(given)
+    assert world.generators["g0"].given == []
+    await world.fleet.admit("g0", 0)
+    assert world.fleet.taking() == ["g0", "g1"]
+
+
+async def test_two_calls_at_once_both_get_their_own() -> None:
+    world = await World(Generator("g0", dies_after=7, delay=0.001), Generator("g1", delay=0.001)).admitted()
+    one, two = requests(15), [SampleRequest(Prompt(f"v{n}", (), "", (n,)), (n,)) for n in range(20)]
+    assert await asyncio.gather(world.sample(one), world.sample(two)) == [wanted(one), wanted(two)]
+    assert world.fleet._watcher is None
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    prompts=st.integers(0, 30),
+    samples=st.integers(1, 3),
+    dies=st.lists(st.one_of(st.none(), st.integers(0, 12)), min_size=1, max_size=3),
+    spares=st.lists(st.integers(0, 12), max_size=3),
+)
+def test_every_response_comes_once_whoever_dies_when(
+    prompts: int, samples: int, dies: list[int | None], spares: list[int]
+) -> None:
+    async def run() -> None:
+        members = [Generator(f"g{index}", dies_after=after) for index, after in enumerate(dies)]
+        # Spares are named after nobody: only their answers count.
+        world = await World(*members, spares=[Generator("spare", dies_after=n) for n in spares], budget=20).admitted()
+        given = requests(prompts, samples)
+        assert await world.sample(given) == wanted(given)
+        await world.fleet.recovered()
+
+    asyncio.run(run())
