@@ -18,6 +18,7 @@ from rlhf.evaluation.preference import ROWS, PreferenceEvaluator
 from rlhf.evaluation.summary import Rows, show_summary
 from rlhf.modelfiles import local_folder, tensor_shapes
 from rlhf.monitor.group import MonitorGroup
+from rlhf.planning import OFFLINE_STORE
 from rlhf.ports import RoundEvaluator, SecondStream
 from rlhf.records import Pair
 from rlhf.rounds.anchor import AnchorStream
@@ -27,8 +28,6 @@ from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.offline import NoFleet, OfflineJob, OfflineSource
 from rlhf.rounds.segments import Segments
 from rlhf.rounds.streams import with_streams
-
-OBJECT_STORE = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ async def _train(config: OfflineTraining, work: OfflineWork, run_dir: Path, moni
         return
     policy = config.policy.model_copy(update={"path": str(work.model.resolve())})
     job = OfflineJob(policy, config.warmed_up(rounds.count), config.seed, rounds, config.checkpoint)
-    with connect(config.name, config.cluster, OBJECT_STORE, run_dir) as cluster, stop_on_sigterm():
+    with connect(config.name, config.cluster, OFFLINE_STORE, run_dir) as cluster, stop_on_sigterm():
         with monitor.progress("load models", config.learner.world_size) as bar:
             learner = await start_learner(job, cluster, config.cluster.deadlines, monitor, bar.advance)
         nobody = NoFleet()

@@ -68,20 +68,26 @@ def validate(config: Config, overrides: Overrides = None) -> None:
 
 
 def _validate_offline(config: str, resolved: OfflineConfig) -> None:
-    """The config of an offline training and what its data hold; its memory is that of a learner."""
+    """What its data hold, and the plan for the longest of their pairs."""
     import yaml
+    from rich.console import Console
 
-    from rlhf.data.training_sets import read_training_set
-    from rlhf.modelfiles import local_folder, tensor_shapes
+    from rlhf.data.chat import load_tokenizer
+    from rlhf.data.training_sets import read_preference_data, read_training_set
+    from rlhf.modelfiles import local_folder
+    from rlhf.planning import longest_example, make_offline_plan, show_plan
 
     with naming(config):
-        tensor_shapes(local_folder(resolved.policy.path, "policy.path"), "policy.path")
+        model = local_folder(resolved.policy.path, "policy.path")
         data = read_training_set(resolved.preferences, "preferences")
+        remote = resolved.policy.trust_remote_code
+        tokenizer = load_tokenizer(str(model), trust_remote_code=remote, key="policy.path")
+        anchor, notes = read_preference_data(resolved.anchor, "anchor") if resolved.anchor else ((), ())
+        plan = make_offline_plan(resolved, longest_example(resolved.learner, data.train + anchor, tokenizer))
     print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     steps = -(-len(data.train) * resolved.epochs // resolved.learner.batch_size)
     print(f"{len(data.train)} pairs to train on in {steps} steps, {len(data.held_out)} held out")
-    for note in data.notes:
-        print(f"note: {note}")
+    show_plan(plan, [*data.notes, *notes], Console())
 
 
 @app.command()

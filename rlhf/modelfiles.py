@@ -7,26 +7,45 @@ from typing import Any
 from rlhf.errors import InputError
 
 
+def find_model(path: str, key: str, *, fetch: bool = False) -> Path | None:
+    """The folder of a local model or of a Hugging Face id's snapshot; None for an id that is not on this machine.
+
+    With `fetch` a snapshot is brought up to date, or downloaded, and an id that cannot be had raises. Raises
+    `InputError` naming the config key if there is no such folder.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+        raise InputError(
+            f"{key} = {path!r}: no model there (config.json, *.safetensors); give a model's folder or a Hugging Face id"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if not fetch:
+        try:
+            cached = Path(snapshot_download(path, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError):
+            return None
+        return cached if (cached / "config.json").is_file() and any(cached.glob("*.safetensors")) else None
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except Exception as error:  # every failure of a lookup on the network has the same remedy
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{key} = {path!r}: no such folder, and no model of that id could be fetched ({reason})"
+        ) from error
+
+
 def local_folder(path: str, key: str) -> Path:
     """The folder of a local model, or the snapshot of a Hugging Face id (downloaded if the hub can be reached).
 
     Raises `InputError` naming the config key if there is no such model.
     """
-    if (Path(path) / "config.json").is_file():
-        return Path(path)
-    if Path(path).exists() or path.startswith((".", "/")) or path.count("/") != 1:
-        raise InputError(
-            f"{key} = {path!r}: no model there (config.json, *.safetensors); give a model's folder or a Hugging Face id"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"{key} = {path!r}: no such folder, and no model of that id could be fetched ({reason})"
-        ) from error
+    folder = find_model(path, key, fetch=True)
+    assert folder is not None, "what cannot be fetched raises"
+    return folder
 
 
 def tensor_shapes(folder: Path, key: str) -> dict[str, tuple[int, ...]]:
@@ -52,9 +71,13 @@ def tensor_shapes(folder: Path, key: str) -> dict[str, tuple[int, ...]]:
         listed = set(_json_object(index, key).get("weight_map", {}).values())
         if lost := sorted(listed - {file.name for file in files}):
             raise InputError(f"{key} = {str(folder)!r}: {lost[0]} is missing; fetch the model again")
-    if _json_object(folder / "config.json", key).get("tie_word_embeddings"):
-        shapes.pop("lm_head.weight", None)
-    return shapes
+    return untied(shapes, _json_object(folder / "config.json", key))
+
+
+def untied(shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """`shapes` without a head that `config`, of config.json, ties to the embedding."""
+    tied = config.get("tie_word_embeddings")
+    return {name: shape for name, shape in shapes.items() if not (tied and name == "lm_head.weight")}
 
 
 def _json_object(file: Path, key: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from rlhf.errors import InputError
-from rlhf.modelfiles import local_folder, tensor_shapes
+from rlhf.modelfiles import find_model, local_folder, tensor_shapes
 
 
 def make_model(folder: Path, config: dict[str, object] | None = None, **tensors: tuple[int, ...]) -> Path:
@@ -53,6 +53,34 @@ def test_a_hub_id_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError) as error:
         local_folder("nobody/no-such-model", "policy.path")
     assert one_line(error).startswith("policy.path = 'nobody/no-such-model': ")
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(tmp_path / "m")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_folder("~/m", "policy.path") == find_model("~/m", "policy.path") == folder
+    for look in (local_folder, find_model):
+        with pytest.raises(InputError, match=r"policy.path = '~/none': no model there"):
+            look("~/none", "policy.path")
+
+
+def test_an_id_that_is_not_on_this_machine_is_none_until_it_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert find_model("nobody/no-such-model", "policy.path") is None
+    snapshots = tmp_path / "models--nobody--no-such-model"
+    (snapshots / "refs").mkdir(parents=True)
+    (snapshots / "refs" / "main").write_text("abc")
+    (snapshots / "snapshots").mkdir()
+    folder = make_model(snapshots / "snapshots" / "abc")
+    assert find_model("nobody/no-such-model", "policy.path") is None, "it has no weights"
+    make_model(folder, weights=(2, 2))
+    found = find_model("nobody/no-such-model", "policy.path")
+    assert found is not None
+    assert found.samefile(folder)
 
 
 def test_shapes_are_gathered_over_all_shards(tmp_path: Path) -> None:
