@@ -6,12 +6,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+import ray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.judge import JudgePool
 from actors.placement import Role, check_fits
 from rlhf.errors import DeadlineError, RLHFError
+from rlhf.health import RestartBudget
 from rlhf.judging.verdicts import make_verdict
 from rlhf.records import Comparison, Verdict
 
@@ -237,6 +239,100 @@ async def test_a_judge_that_does_not_give_one_verdict_each_is_an_error(given: An
     for error in answers:
         assert isinstance(error, RLHFError), error
         assert "verdicts for 2 comparisons" in str(error)
+
+
+class Pool:
+    """A pool of handles of which those in `dying` are dead; new ones take their places."""
+
+    def __init__(self, handles: list[Handle], budget: int = 5, deadline: float = 5.0, batch_size: int = 2) -> None:
+        self.alerts: list[str] = []
+        self.spares: list[Handle | Exception] = []
+        self.started: list[int] = []
+        self.pool = JudgePool(
+            handles, batch_size, deadline, "judge", self._restart, RestartBudget(budget, 3600.0), self.alerts.append
+        )
+
+    async def _restart(self, index: int) -> Handle:
+        self.started.append(index)
+        await asyncio.sleep(0.01)
+        spare = self.spares.pop(0) if self.spares else Handle()
+        if isinstance(spare, Exception):
+            raise spare
+        return spare
+
+
+def dead(batch: list[Comparison]) -> list[Verdict]:
+    raise ray.exceptions.ActorDiedError()
+
+
+async def test_the_batches_of_a_dead_judge_go_to_others_and_it_comes_back() -> None:
+    dying, other = Handle(0.005), Handle(0.005)
+    dying.answer = dead
+    world = Pool([dying, other])
+    async with asyncio.timeout(5):
+        assert numbers(await world.pool.compare(comparisons(*range(12)))) == list(range(12))
+        assert world.started == [0]
+        assert numbers(await world.pool.compare(comparisons(*range(12)))) == list(range(12))
+    # Two batches were with it; they were not lost, and nothing was judged twice.
+    assert len(dying.batches) == 2
+    [alert] = world.alerts
+    assert alert.startswith("judge-0 is started again: judge-0: 2 comparisons: the actor died")
+
+
+async def test_a_wedged_judges_batch_goes_to_another_at_the_deadline() -> None:
+    wedged, other = Handle(60.0), Handle()
+    world = Pool([wedged, other], deadline=0.1)
+    async with asyncio.timeout(5):
+        assert numbers(await world.pool.compare(comparisons(*range(8)))) == list(range(8))
+    assert "did not end within" in world.alerts[0]
+
+
+async def test_the_only_judge_is_waited_for() -> None:
+    dying = Handle()
+    dying.answer = dead
+    world = Pool([dying])
+    async with asyncio.timeout(5):
+        assert numbers(await world.pool.compare(comparisons(1, 2, 3))) == [1, 2, 3]
+
+
+async def test_no_judge_left_is_one_clear_error_for_all_callers() -> None:
+    dying = [Handle(), Handle()]
+    for handle in dying:
+        handle.answer = dead
+    world = Pool(dying, budget=0)
+    async with asyncio.timeout(5):
+        calls = [world.pool.compare(comparisons(n, n + 1)) for n in range(0, 20, 2)]
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        again = await asyncio.gather(world.pool.compare(comparisons(1)), return_exceptions=True)
+    for error in answers + again:
+        assert isinstance(error, RLHFError)
+        assert str(error).startswith("no judge is left: judge-")
+        assert "restarts are spent (cluster.restarts: 0 in 3600 s)" in str(error)
+    assert len(world.alerts) == 2
+
+
+async def test_comparisons_that_kill_every_judge_are_not_tried_for_ever() -> None:
+    handle = Handle()
+    handle.answer = dead
+    world = Pool([handle])
+    world.spares = [Handle(), Handle()]
+    for spare in world.spares:
+        spare.answer = dead  # type: ignore[union-attr]
+    async with asyncio.timeout(5):
+        with pytest.raises(RLHFError, match="3 actors were lost over the same comparisons"):
+            await world.pool.compare(comparisons(1, 2))
+        assert numbers(await world.pool.compare(comparisons(3))) == [3]
+
+
+async def test_a_judge_whose_start_fails_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.reviving.FIRST_PAUSE_S", 0.01)
+    dying = Handle()
+    dying.answer = dead
+    world = Pool([dying])
+    world.spares = [RLHFError("no memory"), Handle()]
+    async with asyncio.timeout(5):
+        assert numbers(await world.pool.compare(comparisons(1))) == [1]
+    assert [("could not be started: no memory" in alert) for alert in world.alerts] == [False, True]
 
 
 async def test_a_cancelled_caller_takes_nobody_with_it() -> None:
