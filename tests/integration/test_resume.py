@@ -19,13 +19,18 @@ MOMENTS = (
 
 
 def test_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_model: Path):
-    undisturbed = System(tmp_path / "undisturbed", tiny_model).train("evaluation.every=0")
+    # With both second streams: what they bring has to come back as well.
+    anchor = tmp_path / "anchor.jsonl"
+    rows = [{"prompt": f"Name {n} birds.", "chosen": "Wren, rook.", "rejected": "No."} for n in range(5)]
+    anchor.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("evaluation.every=0", "buffer.share=0.5", f"anchor.path={anchor}", "anchor.share=0.75")
+    undisturbed = System(tmp_path / "undisturbed", tiny_model).train(*options)
     assert undisturbed.code == 0, undisturbed.stderr[-3000:]
     system = System(tmp_path / "killed", tiny_model)
     for number, moment in enumerate(MOMENTS):
-        killed = system.train("evaluation.every=0", stop=moment)
+        killed = system.train(*options, stop=moment)
         assert killed.code == -signal.SIGKILL, f"moment {number} never came: {killed.stderr[-3000:]}"
-    resumed = system.train("evaluation.every=0")
+    resumed = system.train(*options)
     assert resumed.code == 0, resumed.stderr[-3000:]
     for round in (1, 2):
         assert resumed.manifest(round)["state"] == "PUBLISHED"
@@ -34,6 +39,13 @@ def test_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_mo
         assert resumed.manifest(round)["pairs"]["sha256"] == undisturbed.manifest(round)["pairs"]["sha256"]
     steps = [event["step"] for event in resumed.events("step")]
     assert steps == [event["step"] for event in undisturbed.events("step")], "a step is missing or logged twice"
+    one, two = (resumed.manifest(round)["pairs"]["count"] for round in (1, 2))
+    assert min(one, two) >= 2
+    shares = {"replay": (0, (one + two) // 2 - one // 2), "anchor": (3 * one // 4, 3 * (one + two) // 4 - 3 * one // 4)}
+    for name, expected in shares.items():
+        for round, pairs in zip((1, 2), expected, strict=True):
+            taken = [event.get(f"{name}/pairs", 0) for event in resumed.events("step") if event["round"] == round]
+            assert sum(taken) == pairs, name
     expected = load_file(undisturbed.path / "policy" / "model.safetensors")
     found = load_file(resumed.path / "policy" / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected), "not the weights of an undisturbed run"
