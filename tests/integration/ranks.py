@@ -1,5 +1,10 @@
-"""What the tests of learner ranks share: a tiny model, its configs and rounds, and starting ranks without Ray."""
+"""What the tests of learner ranks share: a tiny model, its configs and rounds, and starting ranks without Ray.
 
+A test file is also the script of one rank: `python test_learner_ranks.py FOLDER RANK WORLD_SIZE PORT` runs all its
+cases of this world size, in order, and each leaves `FOLDER/result-CASE-RANK.pt`.
+"""
+
+import gc
 import os
 import random
 import socket
@@ -43,6 +48,67 @@ def run_ranks(script, folder, world_size, timeout=240):
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output[-6000:]
+
+
+def rank_main(cases, run_case):
+    """What the script does: `run_case(folder, name, settings, rank, world_size, port)` for each of `cases[world_size]`,
+    and its result saved."""
+    folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
+    torch.set_num_threads(1)
+    for name, settings in cases[world_size].items():
+        result = run_case(folder, name, dict(settings), rank, world_size, port)
+        torch.save(result, folder / f"result-{name}-{rank}.pt")
+
+
+def run_cases(script, folder, cases):
+    """Save the tiny model and run the script on every rank of every world size; returns the folder."""
+    save_tiny_model(folder / "model")
+    for world_size in cases:
+        run_ranks(script, folder, world_size)
+    return folder
+
+
+def load_results(folder, cases, alike):
+    """Rank 0's result of each case; the entries `alike` have to be the same on every rank, bit for bit."""
+    found = {}
+    for world_size, names in cases.items():
+        for name in names:
+            first, *others = (
+                torch.load(folder / f"result-{name}-{rank}.pt", weights_only=False) for rank in range(world_size)
+            )
+            found[name] = first
+            for other in others:
+                for key in alike:
+                    assert same(first[key], other[key]), f"{name}: {key} differs between ranks"
+    return found
+
+
+def same(one, other):
+    """Are both equal, tensors bit for bit?"""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def start_learner(config, rank, world_size, port):
+    """A rank's learner that has met the others."""
+    from rlhf.learning.rank import RankLearner
+
+    learner = RankLearner(config, rank, world_size, "cpu")
+    learner.start("127.0.0.1", port, 60)
+    return learner
+
+
+def models():
+    """Policies that this process holds; earlier cases may have left some."""
+    from rlhf.learning.policy import PolicyModule
+
+    gc.collect()
+    return sum(isinstance(item, PolicyModule) for item in gc.get_objects())
 
 
 def make_config(model, *, dtype="float32", **learner):

@@ -1,12 +1,6 @@
-"""LoRA on learner ranks: every ZeRO stage, rank count and layout gives what a plain peft and torch loop gives.
-
-The file is also the script of one rank: `python test_learner_lora.py FOLDER RANK WORLD_SIZE PORT` runs all its cases.
-"""
+"""LoRA on learner ranks: every ZeRO stage, rank count and layout gives what a plain peft and torch loop gives."""
 
 import copy
-import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +8,13 @@ import torch
 from tests.integration.ranks import (
     LEARNER,
     ROUNDS,
+    load_results,
     make_config,
     make_round,
-    run_ranks,
-    save_tiny_model,
+    models,
+    rank_main,
+    run_cases,
+    start_learner,
     token_logprobs,
 )
 
@@ -42,12 +39,8 @@ PLAIN = [name for name in EVERY if name not in ("saved", "saved3", "dropout", "b
 
 
 def run_case(folder, name, settings, rank, world_size, port):
-    from rlhf.learning.rank import RankLearner
-
     def build():
-        learner = RankLearner(config, rank, world_size, "cpu")
-        learner.start("127.0.0.1", port, 60)
-        return learner
+        return start_learner(config, rank, world_size, port)
 
     def weights():
         return dict(learner.export_tensors())
@@ -75,15 +68,7 @@ def run_case(folder, name, settings, rank, world_size, port):
     result["loaded"] = weights()
     second = learner.train(make_round(2, 5))
     result["resumed"] = ([report.metrics for report in second], weights())
-    torch.save(result, folder / f"result-{name}-{rank}.pt")
-
-
-def models():
-    """Policies that this process holds; earlier cases may have left some."""
-    from rlhf.learning.policy import PolicyModule
-
-    gc.collect()
-    return sum(isinstance(item, PolicyModule) for item in gc.get_objects())
+    return result
 
 
 def moments(optimizer):
@@ -92,33 +77,14 @@ def moments(optimizer):
     return sum(state["exp_avg"].numel() for state in inner.state.values())
 
 
-def main():
-    folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    torch.set_num_threads(1)
-    for name, settings in CASES[world_size].items():
-        run_case(folder, name, dict(settings), rank, world_size, port)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    save_tiny_model(folder / "model")
-    for world_size in CASES:
-        run_ranks(__file__, folder, world_size)
-    return folder
+    return run_cases(__file__, tmp_path_factory.mktemp("lora"), CASES)
 
 
 @pytest.fixture(scope="module")
 def results(folder):
-    found = {}
-    for world_size, cases in CASES.items():
-        for name in cases:
-            ranks = [torch.load(folder / f"result-{name}-{rank}.pt", weights_only=False) for rank in range(world_size)]
-            found[name] = ranks[0]
-            for other in ranks[1:]:
-                assert other["steps"] == ranks[0]["steps"], "reports differ between ranks"
-                assert all(torch.equal(other["weights"][k], v) for k, v in ranks[0]["weights"].items())
-    return found
+    return load_results(folder, CASES, alike=("steps", "weights"))
 
 
 def base_model(folder):
@@ -281,4 +247,4 @@ def test_the_probe_is_that_of_the_published_weights(folder, results, name):
 
 
 if __name__ == "__main__":
-    main()
+    rank_main(CASES, run_case)

@@ -1,16 +1,11 @@
-"""Losses that look beyond a pair, through the learner's ranks: any layout gives one answer.
-
-The file is also the script of one rank: `python test_learner_losses.py FOLDER RANK WORLD_SIZE PORT`.
-"""
+"""Losses that look beyond a pair, through the learner's ranks: any layout gives one answer."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integration.ranks import make_config, make_round, run_ranks, save_tiny_model, token_logprobs
+from tests.integration.ranks import make_config, make_round, rank_main, run_cases, start_learner, token_logprobs
 
 LOSSES = {
     "sorted": {"type": "mix", "terms": [{"type": "aot"}, {"type": "aot_unpaired", "weight": 0.5}, {"type": "sft"}]},
@@ -22,15 +17,19 @@ LAYOUTS = {
     1: {"whole": {}, "accumulated": {"micro_batch_size": 1, "prefix_sharing": False}},
     2: {"zero2": {"micro_batch_size": 1}, "zero3": {"zero_stage": 3}},
 }
+CASES = {
+    world_size: {
+        f"{name}-{layout}": {**settings, "loss": loss}
+        for layout, settings in layouts.items()
+        for name, loss in LOSSES.items()
+    }
+    for world_size, layouts in LAYOUTS.items()
+}
 
 
 def run_case(folder, name, learner, rank, world_size, port):
-    from rlhf.learning.rank import RankLearner
-
     def build():
-        built = RankLearner(make_config(folder / "model", world_size=world_size, **learner), rank, world_size, "cpu")
-        built.start("127.0.0.1", port, 60)
-        return built
+        return start_learner(make_config(folder / "model", world_size=world_size, **learner), rank, world_size, port)
 
     one = build()
     steps = [report.metrics for report in one.train(make_round(1, 9))]
@@ -41,24 +40,12 @@ def run_case(folder, name, learner, rank, world_size, port):
         again = build()
         again.load(folder / f"checkpoint-{name}")
         result["resumed"] = [report.metrics for report in again.train(make_round(2, 5))]
-    torch.save(result, folder / f"result-{name}-{rank}.pt")
-
-
-def main():
-    folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    torch.set_num_threads(1)
-    for layout, settings in LAYOUTS[world_size].items():
-        for name, loss in LOSSES.items():
-            run_case(folder, f"{name}-{layout}", {**settings, "loss": loss}, rank, world_size, port)
+    return result
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("losses")
-    save_tiny_model(folder / "model")
-    for world_size in LAYOUTS:
-        run_ranks(__file__, folder, world_size)
-    return folder
+    return run_cases(__file__, tmp_path_factory.mktemp("losses"), CASES)
 
 
 def load(folder, name, layout, rank=0):
@@ -124,4 +111,4 @@ def test_the_first_steps_loss_is_that_of_the_models_full_logits(folder):
 
 
 if __name__ == "__main__":
-    main()
+    rank_main(CASES, run_case)

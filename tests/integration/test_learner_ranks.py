@@ -1,11 +1,6 @@
-"""Learner ranks on a tiny Llama: every layout, rank count and ZeRO stage gives one answer, that of a plain torch loop.
-
-The file is also the script of one rank: `python test_learner_ranks.py FOLDER RANK WORLD_SIZE PORT` runs all its cases.
-"""
+"""Learner ranks on a tiny Llama: each layout, number of ranks and ZeRO stage gives the answer of a plain torch loop."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +9,12 @@ from tests.integration.ranks import (
     LEARNER,
     ROUNDS,
     SHIFT,
+    load_results,
     make_config,
     make_round,
-    run_ranks,
-    save_tiny_model,
+    rank_main,
+    run_cases,
+    start_learner,
     token_logprobs,
 )
 
@@ -50,12 +47,9 @@ def run_case(folder, name, settings, rank, world_size, port):
     from transformers import AutoModelForCausalLM
 
     from rlhf.errors import RLHFError
-    from rlhf.learning.rank import RankLearner
 
     def build():
-        learner = RankLearner(config, rank, world_size, "cpu")
-        learner.start("127.0.0.1", port, 60)
-        return learner
+        return start_learner(config, rank, world_size, port)
 
     def weights():
         return dict(learner.export_tensors())
@@ -98,14 +92,7 @@ def run_case(folder, name, settings, rank, world_size, port):
     result["nan_statistics"] = learner.statistics()["train/skipped"]
     learner.reference.score = score
     result["after_nan"] = ([report.metrics for report in learner.train(make_round(5, 3))], weights())
-    torch.save(result, folder / f"result-{name}-{rank}.pt")
-
-
-def main():
-    folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    torch.set_num_threads(1)
-    for name, settings in CASES[world_size].items():
-        run_case(folder, name, dict(settings), rank, world_size, port)
+    return result
 
 
 # ---- the tests ----
@@ -113,25 +100,12 @@ def main():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    save_tiny_model(folder / "model")
-    for world_size in CASES:
-        run_ranks(__file__, folder, world_size)
-    return folder
+    return run_cases(__file__, tmp_path_factory.mktemp("ranks"), CASES)
 
 
 @pytest.fixture(scope="module")
 def results(folder):
-    found = {}
-    for world_size, cases in CASES.items():
-        for name in cases:
-            ranks = [torch.load(folder / f"result-{name}-{rank}.pt", weights_only=False) for rank in range(world_size)]
-            found[name] = ranks[0]
-            for other in ranks[1:]:
-                assert other["steps"] == ranks[0]["steps"], "reports differ between ranks"
-                assert other["statistics"] == ranks[0]["statistics"]
-                assert all(torch.equal(other["weights"][k], v) for k, v in ranks[0]["weights"].items())
-    return found
+    return load_results(folder, CASES, alike=("steps", "statistics", "weights"))
 
 
 @pytest.fixture(scope="module")
@@ -317,4 +291,4 @@ def test_exported_folder_loads(folder, results, name):
 
 
 if __name__ == "__main__":
-    main()
+    rank_main(CASES, run_case)

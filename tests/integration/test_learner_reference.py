@@ -1,17 +1,18 @@
-"""Reference policies on learner ranks: their log-probs are those of a plain forward of the right weights.
-
-The file is also the script of one rank: `python test_learner_reference.py FOLDER RANK WORLD_SIZE PORT` runs all its
-cases.
-"""
-
-import gc
-import sys
-from pathlib import Path
+"""Reference policies on learner ranks: their log-probs are those of a plain forward of the right weights."""
 
 import pytest
 import torch
 
-from tests.integration.ranks import make_config, make_round, run_ranks, save_tiny_model, token_logprobs
+from tests.integration.ranks import (
+    load_results,
+    make_config,
+    make_round,
+    models,
+    rank_main,
+    run_cases,
+    start_learner,
+    token_logprobs,
+)
 
 DECAY = 0.8
 EMA = {"reference": {"policy": "ema", "ema_decay": DECAY}}
@@ -48,12 +49,8 @@ EXACT = [name for name in EVERY if "bf16" not in name and name != "sft"]
 
 
 def run_case(folder, name, settings, rank, world_size, port):
-    from rlhf.learning.rank import RankLearner
-
     def build():
-        learner = RankLearner(config, rank, world_size, "cpu")
-        learner.start("127.0.0.1", port, 60)
-        return learner
+        return start_learner(config, rank, world_size, port)
 
     def weights():
         return dict(learner.export_tensors())
@@ -71,10 +68,12 @@ def run_case(folder, name, settings, rank, world_size, port):
     before = models()
     learner = build()
     result = {"models": models() - before, "initial": weights(), "scores": [score()], "trained": [trained()]}
+    result["evaluations"] = [evaluations(learner)]
     for _ in learner.steps(make_round(1, 9)):
         result["trained"].append(trained())
     result["weights"] = weights()
     result["scores"].append(score())
+    result["evaluations"].append(evaluations(learner))
     result["after_score"] = weights()
     learner.save(folder / f"checkpoint-{name}")
     second = learner.train(make_round(2, 9))
@@ -92,43 +91,28 @@ def run_case(folder, name, settings, rank, world_size, port):
     learner.train(make_round(3, 3))
     learner.reference.score = scored
     result["skipped"] = score()
-    torch.save(result, folder / f"result-{name}-{rank}.pt")
+    return result
 
 
-def models():
-    """Policies that this process holds; earlier cases may have left some."""
-    from rlhf.learning.policy import PolicyModule
+def evaluations(learner):
+    """How often two evaluations in a row asked the reference, both, and one whose reference is scored for it."""
+    from rlhf.learning.measure import measure
 
-    gc.collect()
-    return sum(isinstance(item, PolicyModule) for item in gc.get_objects())
-
-
-def main():
-    folder, rank, world_size, port = Path(sys.argv[1]), *map(int, sys.argv[2:])
-    torch.set_num_threads(1)
-    for name, settings in CASES[world_size].items():
-        run_case(folder, name, dict(settings), rank, world_size, port)
+    pairs, score, asked = make_round(1, 5).pairs, learner.reference.score, []
+    learner.reference.score = lambda pairs: asked.append(1) or score(pairs)
+    found = [learner.evaluate(pairs) for _ in range(2)]
+    learner.reference.score = score
+    return len(asked), *found, measure(learner._steps, pairs, score(pairs))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reference")
-    save_tiny_model(folder / "model")
-    for world_size in CASES:
-        run_ranks(__file__, folder, world_size)
-    return folder
+    return run_cases(__file__, tmp_path_factory.mktemp("reference"), CASES)
 
 
 @pytest.fixture(scope="module")
 def results(folder):
-    found = {}
-    for world_size, cases in CASES.items():
-        for name in cases:
-            ranks = [torch.load(folder / f"result-{name}-{rank}.pt", weights_only=False) for rank in range(world_size)]
-            found[name] = ranks[0]
-            for other in ranks[1:]:
-                assert all(torch.equal(a, b) for a, b in zip(other["scores"], ranks[0]["scores"], strict=True))
-    return found
+    return load_results(folder, CASES, alike=("scores",))
 
 
 def plain_scores(folder, weights, lora=None):
@@ -204,6 +188,15 @@ def test_scoring_leaves_the_policy_alone(results, name):
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_held_out_pairs_are_measured_against_the_reference_as_it_is(results, name):
+    for number, (asked, first, second, fresh) in enumerate(results[name]["evaluations"]):
+        assert first == second == fresh
+        stays = name.startswith("initial") or name == "sft"
+        # The log-probs of a reference that stays are there from the first evaluation on.
+        assert asked == ((1, 0)[number] if stays else 2)
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_only_initial_without_adapters_holds_a_second_model(results, name):
     assert results[name]["models"] == (2 if name.startswith("initial") else 1)
 
@@ -246,4 +239,4 @@ def test_stages_and_ranks_agree(results):
 
 
 if __name__ == "__main__":
-    main()
+    rank_main(CASES, run_case)

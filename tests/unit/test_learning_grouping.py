@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from rlhf.config.judging import JudgeLearner, JudgeLoss
 from rlhf.config.learner import Learner
 from rlhf.learning.losses import preference_loss
+from rlhf.learning.mask_probe import Layout
 from rlhf.learning.setup import Setup
 from rlhf.learning.steps import Grouping
 
 
 def setup(rank: int, world_size: int, micro_batch_size: int) -> Setup:
     learner = Learner(batch_size=world_size, world_size=world_size, micro_batch_size=micro_batch_size)
-    return Setup(learner, rank, world_size, "cpu", torch.float32, True)
+    return Setup(learner, rank, world_size, "cpu", torch.float32, Layout(prefix_sharing=True))
 
 
 @given(

@@ -19,7 +19,7 @@ from rlhf.learning.reference import needs_copy
         ({"reference": {"offload": True}, "lora": {}}, ["offload", "adapters"]),
         ({"lora": {"rank": 0}}, ["lora.rank"]),
         ({"lora": {"bias": "all"}}, ["lora.bias"]),
-        ({"lora": {}, "trainable": ["down_proj"]}, ["trainable", "reserved"]),
+        ({"lora": {}, "trainable": {"include": ["*.mlp.*"]}}, ["learner.trainable", "learner.lora"]),
         ({"lora": {}, "warp": {}}, ["warp", "reserved"]),
         *(
             ({"reference": {"policy": policy}, "loss": {"type": name}}, [f"reference.policy = {policy}", name])
