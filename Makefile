@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := models/smollm2-135m-instruct
 PYTEST_ARGS ?=
+# A test file stays in one process, for its cluster and engines; the longest files come first.
+XDIST ?= -n 2 --dist loadfile --no-loadscope-reorder
 # judge_pairs.py makes what others measure on.
 BENCH ?= bench/judge_pairs.py $(filter-out bench/judge_pairs.py,$(sort $(wildcard bench/[a-z]*.py)))
 
@@ -32,7 +34,7 @@ quickstart: $(STAMP) $(MODEL)/config.json ## set up, then train the small model 
 	@$(BIN)/rlhf train configs/quickstart.yaml --fresh
 
 test: $(STAMP) $(MODEL)/config.json lint ## set up, lint and run the test suite
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not gpu and not slow" $(XDIST) $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -45,7 +45,8 @@ async def _train(config: RunConfig, inputs: Inputs, run_dir: Path, monitor: Moni
     if ledger.state(config.rounds.count) == RoundState.PUBLISHED and (run_dir / "policy").exists():
         monitor.alert(f"{run_dir}: all {config.rounds.count} rounds are done; --fresh starts over")
         return
-    store = 4 * inputs.model_bytes + (256 << 20)
+    # A version on its way and the one before; with sparse updates the nodes' copies of both and the patches too.
+    store = (6 if config.sync.sparse else 4) * inputs.model_bytes + (256 << 20)
     with connect(config.name, config.cluster, store, run_dir) as cluster, stop_on_sigterm():
         if cluster.private and cluster.device == "cpu":
             check_memory(make_plan(config).total)
@@ -90,7 +91,7 @@ def _assemble(
     return System(
         source=with_streams(source, others),
         learner=parts.learner,
-        plane=build_plane(transport, config, parts.fleet, parts.learner, inputs.shapes, tolerance),
+        plane=build_plane(transport, config, parts.fleet, parts.learner, inputs.shapes, tolerance, monitor.alert),
         fleet=parts.fleet,
         ledger=ledger,
         checkpoints=CheckpointStore(run_dir, config.checkpoint.keep),

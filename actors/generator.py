@@ -79,6 +79,10 @@ class GeneratorActor:
             await self._settled.wait()
         return rollout
 
+    def node(self) -> str:
+        """The id of this actor's node."""
+        return ray.get_runtime_context().get_node_id()
+
     def progress(self) -> int:
         """A number that grows with every token sampled, and with every call while weights are updated.
 

@@ -17,6 +17,7 @@ from actors.judge_launch import JudgeLauncher
 from actors.learner import LearnerGroup
 from actors.learner_launch import start_learner
 from actors.placement import Role, actor_options, place, stop
+from actors.weights.outgoing import Publishing
 from actors.weights.transport import pick_transport
 from rlhf.config import RunConfig
 from rlhf.config.judge import single_judges, with_path
@@ -67,8 +68,7 @@ class Launcher:
                 learner = tasks.create_task(
                     start_learner(
                         config, self._cluster, config.cluster.deadlines, monitor, bar.advance,
-                        transport=self.transport, bucket_mb=config.sync.bucket_mb, probes=probes,
-                        adapters=self._adapters is not None,
+                        publishing=self._publishing(), probes=probes,
                     )
                 )  # fmt: skip
                 fleet = tasks.create_task(self._fleet(bar, monitor))
@@ -80,6 +80,15 @@ class Launcher:
                     for name, judge in judges.items()
                 ]
         return Parts(fleet.result(), started[0].result(), started[-1].result(), learner.result())
+
+    def _publishing(self) -> Publishing:
+        sync = self._config.sync
+        return Publishing(
+            self.transport,
+            sync.bucket_mb << 20,
+            sync.refresh_every if sync.sparse else None,
+            self._adapters is not None,
+        )
 
     async def _fleet(self, bar: Any, monitor: Monitor) -> GeneratorFleet:
         config = self._config.generator

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from actors.calls import all_within, unwrap, within
 from actors.engine.plugin import NCCL
 from actors.weights.nccl import NcclGroup
-from actors.weights.payload import pack
+from actors.weights.outgoing import Outgoing, Publishing
 from rlhf.config.system import Deadlines
 from rlhf.errors import DeadlineError, RLHFError
 from rlhf.learning.job import LearnerJob
@@ -34,18 +33,15 @@ class LearnerActor:
         rank: int,
         world_size: int,
         device: str,
-        transport: str,
-        bucket_bytes: int,
-        adapters: bool = False,
+        publishing: Publishing,
     ):
-        """`adapters` publishes the LoRA adapters alone instead of the weights they are merged into."""
         self._rank = rank
-        self._adapters = adapters
+        self._adapters = publishing.adapters
         self._device = device
-        self._transport = transport
+        self._transport = publishing.transport
         self._sender: Any = None
         self._learner = RankLearner(config, rank, world_size, device)
-        self._bucket_bytes = bucket_bytes
+        self._outgoing = Outgoing(publishing)
 
     def rendezvous(self) -> tuple[str, int]:
         """An address and a free port on this node, for the ranks to meet at."""
@@ -112,8 +108,7 @@ class LearnerActor:
             for _ in tensors:
                 pass
             return None
-        buckets = tuple(replace(bucket, handle=ray.put(buffer)) for bucket, buffer in pack(tensors, self._bucket_bytes))
-        return WeightManifest(version, buckets, proofs)
+        return self._outgoing.manifest(version, tensors, proofs)
 
     def open_nccl(self, group: NcclGroup, calls: Sequence[ray.ObjectRef], deadline: float) -> None:
         """Meet the engines that `calls` let join; see `actors.engine.nccl`."""

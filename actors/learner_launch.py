@@ -7,6 +7,7 @@ import ray
 from actors.cluster import ClusterInfo
 from actors.learner import LearnerActor, LearnerGroup
 from actors.placement import Role, actor_options, place
+from actors.weights.outgoing import Publishing
 from rlhf.config.system import Deadlines
 from rlhf.learning.job import LearnerJob
 from rlhf.ports import Monitor
@@ -19,15 +20,10 @@ async def start_learner(
     monitor: Monitor,
     advance: Callable[[int], None],
     *,
-    transport: str = "object_store",
-    bucket_mb: int = 256,
+    publishing: Publishing | None = None,
     probes: Sequence[tuple[int, ...]] = (),
-    adapters: bool = False,
 ) -> LearnerGroup:
-    """The ranks behind the `Learner` port, met and with their models loaded; `probes` prove published weights.
-
-    `adapters` publishes the LoRA adapters alone.
-    """
+    """The ranks behind the `Learner` port, met and with their models loaded; `probes` prove published weights."""
     config, gpu = job.learner, cluster.device == "cuda"
     threads = cluster.threads(config.cpus, config.world_size)
     role = Role("learner", config.world_size, cluster.reserved(threads), 1 if gpu else 0, "PACK")
@@ -36,7 +32,7 @@ async def start_learner(
     actor = ray.remote(LearnerActor)
     handles = [
         actor.options(**actor_options(f"learner-{rank}", group, rank, role, environment)).remote(
-            job, rank, config.world_size, cluster.device, transport, bucket_mb << 20, adapters
+            job, rank, config.world_size, cluster.device, publishing or Publishing()
         )
         for rank in range(config.world_size)
     ]

@@ -18,7 +18,7 @@ import numpy as np
 import ray
 from _stopwatch import Stopwatch
 
-import actors.learner
+import actors.weights.outgoing
 import actors.weights.payload
 from actors.app import PROBE_TOKENS, PROBES, TOLERANCE
 from actors.calls import within
@@ -27,6 +27,7 @@ from actors.engine.llm import EngineSpec, engine_environment
 from actors.fleet import GeneratorFleet
 from actors.generator import GeneratorActor
 from actors.learner import LearnerActor, LearnerGroup
+from actors.weights.outgoing import Publishing
 from actors.weights.plane import ObjectStorePlane
 from rlhf.config import RunConfig, load_config
 from rlhf.inputs import Inputs, read_inputs
@@ -47,7 +48,7 @@ class MeasuredLearner(LearnerActor):
         self._watch.wrap(self._learner, "probe", "learner's probe")
         self._watch.wrap(self._learner, "export_tensors", "export")
         self._watch.wrap(actors.weights.payload, "checksum", "checksum")
-        self._watch.wrap(actors.learner, "pack", "export, pack, checksum")
+        self._watch.wrap(actors.weights.outgoing, "pack", "export, pack, checksum")
         self._watch.wrap(ray, "put", "put")
 
     def lap(self) -> dict[str, float]:
@@ -109,7 +110,7 @@ async def start_learner(config: RunConfig, inputs: Inputs, cluster: ClusterInfo)
     handle = (
         ray.remote(MeasuredLearner)
         .options(runtime_env=environment, num_gpus=_gpus(cluster))
-        .remote(config, 0, 1, cluster.device, "object_store", config.sync.bucket_mb << 20)
+        .remote(config, 0, 1, cluster.device, Publishing(bucket_bytes=config.sync.bucket_mb << 20))
     )
     probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in inputs.prompts.prompts[:PROBES]]
     group = LearnerGroup([handle], config.cluster.deadlines, probes)

@@ -1,8 +1,11 @@
 """Frozen records that travel between the parts. Token ids are tuples of ints: exactly the ids the engine sampled."""
 
+import json
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
+
+import xxhash
 
 
 class Message(dict[str, str]):
@@ -176,11 +179,22 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A packed buffer of tensors. `handle` is what the transport resolves to bytes (an object reference, say)."""
+    """A packed buffer of tensors. `handle` is what the transport resolves to bytes (an object reference, say).
+
+    `patch`, of `patch_bytes` bytes, makes it of the version before, of which `changed` 16-bit words are other ones.
+    """
 
     tensors: tuple[TensorSpec, ...]
     nbytes: int
     handle: Any = field(default=None, compare=False)
+    patch: Any = field(default=None, compare=False)
+    patch_bytes: int = 0
+    changed: int = 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """What travels to who has the version before."""
+        return self.nbytes if self.patch is None else self.patch_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +207,15 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """Everything a receiver needs to fetch, check and prove a version."""
+    """Everything a receiver needs to fetch, check and prove a version.
+
+    `base` is the digest of the version that the buckets' patches are for; None if there are no patches.
+    """
 
     version: int
     buckets: tuple[Bucket, ...]
     probes: tuple[Probe, ...]
+    base: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -208,11 +226,28 @@ class WeightManifest:
         """Checksum of each tensor by name; empty strings where the transport takes none."""
         return {spec.name: spec.checksum for bucket in self.buckets for spec in bucket.tensors}
 
+    @property
+    def sent_bytes(self) -> int:
+        """What travels to who has the base; `nbytes` without patches."""
+        return sum(bucket.sent_bytes for bucket in self.buckets)
+
+    def digest(self) -> str:
+        """Names the weights: versions of equal digests are equal bit for bit."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.checksums()).encode())
+
     def changed_fraction(self, before: dict[str, str]) -> float:
-        """Share of bytes in tensors whose checksum is not that of `before`; 1.0 where nothing is known."""
-        sizes = [(spec.name, spec.checksum, spec.nbytes) for bucket in self.buckets for spec in bucket.tensors]
-        changed = sum(nbytes for name, checksum, nbytes in sizes if not checksum or before.get(name) != checksum)
-        return changed / max(1, sum(nbytes for _, _, nbytes in sizes))
+        """Share of bytes that are not as `before`: of the patched words, else of tensors with another checksum.
+
+        1.0 where nothing is known.
+        """
+        changed = 0
+        for bucket in self.buckets:
+            if bucket.patch is not None:
+                changed += 2 * bucket.changed
+                continue
+            for spec in bucket.tensors:
+                changed += spec.nbytes if not spec.checksum or before.get(spec.name) != spec.checksum else 0
+        return changed / max(1, sum(spec.nbytes for bucket in self.buckets for spec in bucket.tensors))
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class Plane(ABC):
         # that is overtaken meanwhile.
         self._turn = asyncio.Lock()
         self._newest: WeightManifest | None = None
+        self._sent_bytes: int | None = None
         if self.resends:
             fleet.catch_up = self.catch_up
 
@@ -53,7 +54,8 @@ class Plane(ABC):
         seconds, worst = time.monotonic() - started, max(served.values())
         changed = manifest.changed_fraction(self._published)
         self._published = manifest.checksums()
-        return SyncReport(manifest.version, seconds, manifest.nbytes, tuple(served), failed, worst, changed)
+        sent = manifest.nbytes if self._sent_bytes is None else self._sent_bytes
+        return SyncReport(manifest.version, seconds, sent, tuple(served), failed, worst, changed)
 
     async def catch_up(self, target: str) -> RLHFError | None:
         """Bring one target to the version that was published last and admit it; returns why it could not."""

@@ -71,6 +71,11 @@ class RunConfig(Section):
         self._judges()
         if self.sync.transport == "nccl" and self.cluster.device == "cpu":
             raise ValueError("sync.transport nccl needs GPUs; use object_store or auto with cluster.device cpu")
+        if self.sync.sparse and (self.sync.transport not in ("auto", "object_store") or self.sync.lora == "adapters"):
+            raise ValueError(
+                "sync.sparse needs sync.transport object_store (or auto) and sync.lora merged: adapters are small, and "
+                "other transports send whole weights; set sync.sparse false, or change the two"
+            )
         if self.sync.lora == "adapters":
             check_adapters(self)
         return self

@@ -38,7 +38,13 @@ class Sync(Section):
         description="object_store works anywhere; nccl needs learner and generators on separate GPUs; auto picks nccl "
         "there and object_store elsewhere.",
     )
-    sparse: Literal[False] = Field(False, description="Reserved: send changed elements only.")
+    sparse: bool = Field(
+        False,
+        description="Send the 16-bit words that changed since the version before, a few percent of them in bfloat16; "
+        "each node patches a copy of its own, which its engines map. Goes through the object store; pays where nodes "
+        "are joined by a slow network.",
+    )
+    refresh_every: int = Field(16, ge=1, description="With sparse, versions between whole payloads.")
     lora: Literal["merged", "adapters"] = Field(
         "merged",
         description="With learner.lora, what is sent. merged: all weights, with the adapters merged in fp32. adapters: "

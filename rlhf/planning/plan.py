@@ -92,8 +92,9 @@ def make_plan(config: RunConfig) -> Plan:
     roles.append(_learner(config.learner, config.policy, config.cluster, size, shapes, row))
     payload = size.parameters * DTYPE_BYTES[config.policy.dtype]
     private = config.cluster.address == "local"
-    # A private Ray gets room for the version being published, the one before, and the rollouts.
-    store = 4 * payload + 256 * MIB if private else 2 * payload
+    # A private Ray gets room for the version being published, the one before, and the rollouts; with sparse updates
+    # for a node's copies of both and the patches too.
+    store = (6 if config.sync.sparse else 4) * payload + 256 * MIB if private else 2 * payload
     return Plan(tuple(roles), store, device, private, _notes(config.cluster, device))
 
 

@@ -88,8 +88,9 @@ def test_quickstart_is_what_the_design_says() -> None:
             "c.yaml: learner.warp: this key is reserved and has no implementation yet; leave it out",
         ),
         (
-            {"sync": {"sparse": True}},
-            "c.yaml: sync.sparse = True: this feature is reserved and has no implementation yet; leave it out",
+            {"sync": {"sparse": True, "transport": "nccl"}},
+            "c.yaml: sync.sparse needs sync.transport object_store (or auto) and sync.lora merged: adapters are small, "
+            "and other transports send whole weights; set sync.sparse false, or change the two",
         ),
         (
             {"generator": {"samples": 1}},
