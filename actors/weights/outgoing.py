@@ -7,7 +7,7 @@ import numpy as np
 import ray
 import torch
 
-from actors.weights.payload import pack
+from actors.weights.payload import empty, pack
 from actors.weights.sparse import encode
 from rlhf.records import Bucket, Probe, WeightManifest
 
@@ -35,6 +35,7 @@ class Outgoing:
     def __init__(self, publishing: Publishing):
         self._bucket_bytes = publishing.bucket_bytes
         self._refresh_every = publishing.refresh_every
+        self._scratch = empty(0)
         self._versions = 0
         self._digest = ""
         self._last: tuple[tuple[Bucket, np.ndarray], ...] = ()
@@ -45,7 +46,7 @@ class Outgoing:
         """Pack and put a version. The buffers live as long as somebody holds the manifest or a later one's base."""
         patched = self._refresh_every is not None and self._versions % self._refresh_every > 0
         buckets, kept = [], []
-        for number, (bucket, buffer) in enumerate(pack(tensors, self._bucket_bytes)):
+        for number, (bucket, buffer) in enumerate(pack(tensors, self._bucket_bytes, self._buffer)):
             put = replace(bucket, handle=ray.put(buffer))
             if self._refresh_every is not None:
                 # The object store's own copy, mapped: the next version is compared with it.
@@ -56,6 +57,13 @@ class Outgoing:
         self._versions += 1
         self._last, self._digest = tuple(kept), manifest.digest()
         return manifest
+
+    def _buffer(self, size: int) -> np.ndarray:
+        # One for all buckets and versions, since the object store takes a copy of each at once: the first touch of
+        # fresh memory costs several times what packing does.
+        if len(self._scratch) < size:
+            self._scratch = empty(size)
+        return self._scratch[:size]
 
     def _patched(self, number: int, bucket: Bucket, buffer: np.ndarray) -> Bucket:
         """The bucket with its patch, where the version before had the same tensors there and most words stayed."""

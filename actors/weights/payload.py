@@ -1,7 +1,7 @@
 """Packed weight buffers: many tensors in a few large byte arrays, each tensor with its own checksum."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,14 @@ ALIGNMENT = 64
 """Byte alignment of a tensor in its buffer: a cache line, and more than any dtype needs."""
 
 
-def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[tuple[Bucket, np.ndarray]]:
+def empty(size: int) -> np.ndarray:
+    """A fresh buffer of so many bytes."""
+    return np.empty(size, dtype=np.uint8)
+
+
+def pack(
+    tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int, allocate: Callable[[int], np.ndarray] = empty
+) -> Iterator[tuple[Bucket, np.ndarray]]:
     """Pack CPU tensors into uint8 buffers of about `bucket_bytes`; a larger tensor gets a buffer of its own.
 
     Tensors are taken one at a time, so that a gathered ZeRO-3 parameter lives no longer than its copy.
@@ -24,12 +31,12 @@ def pack(tensors: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iter
     for name, tensor in tensors:
         nbytes = _aligned(tensor.numel() * tensor.element_size())
         if held and size + nbytes > bucket_bytes:
-            yield _pack_one(held, size)
+            yield _pack_one(held, allocate(size))
             held, size = [], 0
         held.append((name, tensor.detach()))
         size += nbytes
     if held:
-        yield _pack_one(held, size)
+        yield _pack_one(held, allocate(size))
 
 
 def unpack(bucket: Bucket, buffer: np.ndarray) -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,8 +80,7 @@ def checksum(data: np.ndarray) -> str:
     return xxhash.xxh3_128_hexdigest(data.data)
 
 
-def _pack_one(tensors: Sequence[tuple[str, torch.Tensor]], size: int) -> tuple[Bucket, np.ndarray]:
-    buffer = np.empty(size, dtype=np.uint8)
+def _pack_one(tensors: Sequence[tuple[str, torch.Tensor]], buffer: np.ndarray) -> tuple[Bucket, np.ndarray]:
     specs = []
     offset = 0
     for name, tensor in tensors:
@@ -87,7 +93,7 @@ def _pack_one(tensors: Sequence[tuple[str, torch.Tensor]], size: int) -> tuple[B
         dtype = str(tensor.dtype).removeprefix("torch.")
         specs.append(TensorSpec(name, dtype, tuple(tensor.shape), offset, nbytes, checksum(view)))
         offset += _aligned(nbytes)
-    return Bucket(tuple(specs), size), buffer
+    return Bucket(tuple(specs), len(buffer)), buffer
 
 
 def _bytes_to_tensor(buffer: np.ndarray, spec: TensorSpec) -> torch.Tensor:
