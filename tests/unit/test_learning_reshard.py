@@ -109,9 +109,7 @@ def test_a_rank_that_is_missing_is_named_by_its_parameter(lost: int) -> None:
     saved = written("each", 2, [10], 4)
     del saved[lost]
     (own,) = layout("whole", 1, [10])
-    with pytest.raises(
-        RLHFError, match=r"holds 5 of 10 elements of p0 at 0: .*learner\.world_size.*zero_stage"
-    ):
+    with pytest.raises(RLHFError, match=r"holds 5 of 10 elements of p0 at 0: .*learner\.world_size.*zero_stage"):
         fill(own, saved)
 
 
