@@ -40,9 +40,10 @@ def check_adapters(config: "RunConfig") -> None:
             f"sync.lora = adapters with learner.lora.rank = {lora.rank}: vLLM serves ranks up to {SERVED_RANKS[-1]}; "
             "lower it or use sync.lora merged"
         )
-    if config.sync.transport == "nccl":
+    if config.sync.transport in ("nccl", "ipc"):
         raise ValueError(
-            "sync.lora = adapters with sync.transport = nccl, which sends merged weights only; use object_store or auto"
+            f"sync.lora = adapters with sync.transport = {config.sync.transport}, which sends merged weights only; use "
+            "object_store or auto"
         )
     if config.policy.dtype == "float32" and config.cluster.device == "cuda":
         raise ValueError(FLOAT32_ON_GPU)

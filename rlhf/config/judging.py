@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.base import Section
+from rlhf.config.colocate import refuse_colocate
 from rlhf.config.judge import Judge, check_deadline
 from rlhf.config.learner import Learner, Loss, Optimizer
 from rlhf.config.offline import OfflineTraining, TrainingData
@@ -22,6 +23,7 @@ class JudgeRun(Section):
     @model_validator(mode="after")
     def _late_is_invalid(self) -> "JudgeRun":
         check_deadline(self.judge, "judge", self.cluster.deadlines.judge)
+        refuse_colocate(self.cluster, "a judge on its own has nobody to share GPUs with")
         return self
 
 

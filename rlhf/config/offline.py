@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.base import Section
+from rlhf.config.colocate import refuse_colocate
 from rlhf.config.data import Policy
 from rlhf.config.judge import check_secrets
 from rlhf.config.learner import ZERO_0_BF16, Learner
@@ -78,6 +79,7 @@ class OfflineTraining(Section):
         if self.learner.zero_stage == 0 and self.policy.dtype == "bfloat16":
             raise ValueError(ZERO_0_BF16)
         check_secrets(self.learner.deepspeed, "learner.deepspeed.")
+        refuse_colocate(self.cluster, "a training on a set of preferences has no generators to share GPUs with")
         return self
 
     def warmed_up(self, segments: int) -> Learner:

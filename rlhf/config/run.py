@@ -5,6 +5,7 @@ from pydantic import Field, field_validator, model_validator
 from rlhf.config.adapters import check_adapters
 from rlhf.config.base import Reserved, Section
 from rlhf.config.buffer import Buffer
+from rlhf.config.colocate import check_colocate
 from rlhf.config.data import Policy, Prompts
 from rlhf.config.generator import Generator
 from rlhf.config.judge import Judge, SentimentJudge, check_deadline, check_secrets, same_verdicts, with_path
@@ -76,6 +77,7 @@ class RunConfig(Section):
                 "sync.sparse needs sync.transport object_store (or auto) and sync.lora merged: adapters are small, and "
                 "other transports send whole weights; set sync.sparse false, or change the two"
             )
+        check_colocate(self)
         if self.sync.lora == "adapters":
             check_adapters(self)
         return self

@@ -33,10 +33,10 @@ class Rounds(Section):
 class Sync(Section):
     """How new weights reach the generators."""
 
-    transport: Literal["auto", "object_store", "nccl"] = Field(
+    transport: Literal["auto", "object_store", "nccl", "ipc"] = Field(
         "auto",
-        description="object_store works anywhere; nccl needs learner and generators on separate GPUs; auto picks nccl "
-        "there and object_store elsewhere.",
+        description="object_store works anywhere; nccl needs learner and generators on separate GPUs, ipc on the same "
+        "ones (cluster.colocate); auto picks one of the two on GPUs and object_store elsewhere.",
     )
     sparse: bool = Field(
         False,
@@ -142,8 +142,11 @@ class Cluster(Section):
         description="local starts a private Ray on this machine; auto joins the one this process runs in; or an "
         "address.",
     )
-    colocate: Literal[False] = Field(
-        False, description="Reserved: generator, judge and learner taking turns on one GPU."
+    colocate: bool = Field(
+        False,
+        description="Generators, vLLM judges and learner take turns on the same GPUs: each GPU holds one of a kind, "
+        "and who has no turn sleeps, its memory given back. On a CPU they take the same turns. Needs "
+        "rounds.lookahead 0.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where a node has a GPU.")
     deadlines: Deadlines = Field(default_factory=lambda: Deadlines(), description="Deadlines, in seconds.")
