@@ -35,12 +35,13 @@ def run_session(
 
     Raises `RLHFError` (its `exit_code` is the command's), `KeyboardInterrupt` on SIGINT; both after a clean save.
     """
-    with open_run_directory(config, fresh) as run_dir:
+    told: list[str] = []
+    with open_run_directory(config, fresh, told.append) as run_dir:
         monitor = build_monitor(config, run_dir, rounds)
         code = 1
 
         try:
-            for note in notes:
+            for note in [*told, *notes]:
                 monitor.alert(note)
             with _one_error():
                 asyncio.run(main(run_dir, monitor))

@@ -31,6 +31,7 @@ def main() -> None:
         raise SystemExit(f"{run_dir}: no run with sealed pairs there; `make quickstart` makes one")
     document = read_yaml(run_dir / "config.yaml")
     document.pop("versions", None)
+    document.pop("history", None)
     folder = run_dir / "rounds" / f"{number:04d}"
     digest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["pairs"]["sha256"]
     sealed = read_sealed(folder / "pairs.parquet", number, digest)

@@ -20,12 +20,20 @@ class DeadlineError(RLHFError):
     """A wait passed its deadline; the message names what it waited for."""
 
 
+class StorageError(RLHFError):
+    """The file system is full, lost or read-only: what is whole stays, and a run goes on from it later."""
+
+
 class PayloadError(RLHFError):
     """A weight payload failed its checks before the engine was touched: the old version still serves."""
 
 
 class EngineLostError(RLHFError):
     """An engine failed while loading weights: it cannot be rolled back and has to be replaced."""
+
+
+class LearnerLostError(RLHFError):
+    """A learner rank is gone or hangs: all ranks have to be started again and go on from a checkpoint."""
 
 
 @contextmanager

