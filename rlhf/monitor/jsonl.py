@@ -1,14 +1,15 @@
 """metrics.jsonl: the record of a run, one JSON object a line, and tables beside it as JSON files."""
 
+import io
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rlhf.errors import InputError
-from rlhf.files import write_atomic
+from rlhf.files import write_atomic, writing
 from rlhf.monitor.sink import Cell, Event
 
 FILE_NAME = "metrics.jsonl"
@@ -19,22 +20,30 @@ _RESERVED = ("event", "round", "step", "time")
 class JsonlSink:
     """Appends events to RUN_DIR/metrics.jsonl and stores each table as RUN_DIR/tables/<name>.json.
 
-    A line goes out in one write and is flushed, so a kill can tear the last line only; a torn line is cut off
-    when the file is opened again.
+    A line goes out in one write, so a kill can tear the last line only; a torn line is cut off when the file is opened
+    again, and at once where the disk is full.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self.path = run_dir / FILE_NAME
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._file: TextIO | None = self._open()
+        self._file: io.FileIO | None = self._open()
 
     def log(self, event: Event) -> None:
-        """Append one line."""
+        """Append one line. Raises `StorageError` where there is no room for it: then none of it is there."""
         if self._file is None:
             raise RuntimeError(f"{self.path}: logged to after close")
-        self._file.write(json.dumps(to_record(event), allow_nan=False) + "\n")
-        self._file.flush()
+        # Unbuffered: what could not be written must not be tried again when the file is closed.
+        line = (json.dumps(to_record(event), allow_nan=False) + "\n").encode()
+        end = self._file.seek(0, os.SEEK_END)
+        with writing(self.path):
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(end)
+                raise
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Replace the stored table of that name."""
@@ -60,9 +69,9 @@ class JsonlSink:
             self._file.close()
             self._file = None
 
-    def _open(self) -> TextIO:
+    def _open(self) -> io.FileIO:
         _cut_torn_line(self.path)
-        return self.path.open("a", encoding="utf-8", newline="\n")
+        return io.FileIO(self.path, "a")
 
 
 def to_record(event: Event) -> dict[str, Any]:

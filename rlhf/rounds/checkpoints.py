@@ -8,7 +8,7 @@ from pathlib import Path
 import xxhash
 
 from rlhf.errors import RLHFError
-from rlhf.files import rename_durable, sync_file, sync_folder, write_json
+from rlhf.files import rename_durable, sync_file, sync_folder, write_json, writing
 
 MANIFEST = "manifest.json"
 
@@ -25,15 +25,20 @@ class CheckpointStore:
         return self._root / f"round-{round:04d}"
 
     def stage(self, round: int) -> Path:
-        """An empty folder to write a checkpoint into; leftovers of a killed try are removed."""
+        """An empty folder to write a checkpoint into; leftovers of tries that did not end are removed."""
+        self._sweep()
         staging = self._root / f"round-{round:04d}.tmp"
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
+        with writing(staging):
+            staging.mkdir(parents=True)
         return staging
 
     def commit(self, round: int) -> None:
         """Hash and flush what was written, put it in place and remove checkpoints over the number kept."""
         staging = self._root / f"round-{round:04d}.tmp"
+        with writing(staging):
+            self._put_in_place(round, staging)
+
+    def _put_in_place(self, round: int, staging: Path) -> None:
         files = sorted(path for path in staging.rglob("*") if path.is_file())
         if not files:
             raise RLHFError(f"{staging}: the learner wrote nothing there; output_dir must be a folder all nodes share")
@@ -58,13 +63,21 @@ class CheckpointStore:
         return sorted(int(name.removeprefix("round-")) for name in names if name.startswith("round-"))
 
     def newest(self, warn: Callable[[str], None]) -> int:
-        """The newest round whose checkpoint is whole, 0 if there is none; damaged ones are named by `warn`."""
+        """The newest round whose checkpoint is whole, 0 if there is none; damaged ones are named by `warn`.
+
+        What tries that did not end have left is removed: after one that found the disk full, its room is needed.
+        """
+        self._sweep()
         for round in reversed(self.rounds()):
             problem = self.problem(round)
             if problem is None:
                 return round
             warn(f"{self.path(round)}: {problem}; going back to the checkpoint before it")
         return 0
+
+    def _sweep(self) -> None:
+        for leftover in self._root.glob("round-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def problem(self, round: int) -> str | None:
         """What is wrong with a checkpoint, None if every file is there with the bytes that were written."""
