@@ -1,5 +1,6 @@
 """Builds the system from a config and runs it: the only place where all parts meet."""
 
+from functools import partial
 from pathlib import Path
 
 from actors.cluster import connect
@@ -54,8 +55,7 @@ async def _train(config: RunConfig, inputs: Inputs, run_dir: Path, monitor: Moni
         probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in inputs.prompts.prompts[:PROBES]]
         parts = await launcher.start(probes, monitor, run_dir)
         system = _assemble(config, run_dir, monitor, ledger, parts, launcher.transport, inputs)
-        await run_rounds(system, config)
-        await export_policy(parts.learner, run_dir, monitor)
+        await run_rounds(system, config, partial(export_policy, parts.learner, run_dir, monitor))
     if system.evaluator:
         show_summary(run_dir, monitor)
 

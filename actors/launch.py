@@ -67,7 +67,7 @@ class Launcher:
             async with asyncio.TaskGroup() as tasks:
                 learner = tasks.create_task(
                     start_learner(
-                        config, self._cluster, config.cluster.deadlines, monitor, bar.advance,
+                        config, self._cluster, config.cluster.deadlines, self._budget, monitor, bar.advance,
                         publishing=self._publishing(), probes=probes,
                     )
                 )  # fmt: skip

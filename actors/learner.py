@@ -1,7 +1,7 @@
 """The learner group: DeepSpeed ranks in Ray actors behind the `Learner` port."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,14 @@ import numpy as np
 import ray
 import torch
 
-from actors.calls import all_within, unwrap, within
 from actors.engine.plugin import NCCL
+from actors.ranks import Ranks
+from actors.reviving import revive
 from actors.weights.nccl import NcclGroup
 from actors.weights.outgoing import Outgoing, Publishing
 from rlhf.config.system import Deadlines
-from rlhf.errors import DeadlineError, RLHFError
+from rlhf.errors import RLHFError
+from rlhf.health import Health, ProgressBudget, RestartBudget
 from rlhf.learning.job import LearnerJob
 from rlhf.learning.rank import RankLearner
 from rlhf.records import Pair, Probe, SealedRound, StepReport, WeightManifest
@@ -122,86 +124,115 @@ class LearnerActor:
 class LearnerGroup:
     """The `Learner` port over the rank actors; every call goes to all ranks."""
 
-    def __init__(self, handles: Sequence[Any], deadlines: Deadlines, probes: Sequence[tuple[int, ...]]):
-        self._handles = list(handles)
+    def __init__(
+        self,
+        handles: Sequence[Any],
+        deadlines: Deadlines,
+        probes: Sequence[tuple[int, ...]],
+        launch: Callable[[], Awaitable[Sequence[Any]]] | None = None,
+        budget: RestartBudget | None = None,
+        alert: Callable[[str], None] = lambda message: None,
+    ):
+        """`launch` makes new rank actors in place of all old ones; each restart takes from `budget`, which others
+        share, and is told to `alert`."""
+        self._ranks = Ranks(handles)
         self._deadlines = deadlines
         self._probes = list(probes)
+        self._launch = launch
+        self._budget = ProgressBudget(budget or RestartBudget(5, 3600.0))
+        self._health = Health(self._budget, deadlines.learn)
+        self._alert = alert
+        self.generation = 0
+        """How often the ranks were started again: each time they have joined no NCCL group."""
 
     async def start(self) -> list[str]:
         """Let the ranks meet and load their shards; returns rank 0's notes for the user."""
         limit = self._deadlines.start
         address, port = await self.rendezvous()
-        return (await self._all("start", limit, "start", address, port, limit))[0]
+        return (await self._ranks.all("start", limit, "start", address, port, limit))[0]
+
+    async def restart(self) -> bool:
+        """Start all ranks again if one of them is lost; see the port."""
+        if not await self._ranks.look():
+            return False
+        launch = self._launch
+        if launch is None:
+            raise RLHFError(f"learner: {self._ranks.loss}")
+
+        async def again() -> Ranks:
+            self._ranks = Ranks(await launch())
+            self.generation += 1
+            await self.start()
+            return self._ranks
+
+        self._health.died(self._ranks.loss)
+        if await revive("learner", self._health, self._budget, again, self._alert) is None:
+            raise RLHFError(f"learner: {self._health.reason}; the same command goes on from the last checkpoint")
+        return True
 
     async def rendezvous(self) -> tuple[str, int]:
         """An address and a free port on rank 0's node."""
-        return await within(self._handles[0].rendezvous.remote(), self._deadlines.start, "learner 0: start")
+        return await self._first("rendezvous", self._deadlines.start, "start")
 
     async def open_nccl(self, group: NcclGroup, calls: Sequence[ray.ObjectRef]) -> None:
         """Join a group with the engines; see `actors.weights.nccl.Sender`."""
         limit = self._deadlines.sync
-        await self._all("open_nccl", limit + GRACE_S, "joining the NCCL group", group, list(calls), limit)
+        await self._ranks.all("open_nccl", limit + GRACE_S, "joining the NCCL group", group, list(calls), limit)
 
     async def send_nccl(self, calls: Sequence[ray.ObjectRef]) -> None:
         """Broadcast the weights to the group; see `actors.weights.nccl.Sender`."""
         limit = self._deadlines.sync
-        await self._all("send_nccl", limit + GRACE_S, "sending over NCCL", list(calls), limit)
+        await self._ranks.all("send_nccl", limit + GRACE_S, "sending over NCCL", list(calls), limit)
 
     async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """Yield the round's step reports as they are made."""
-        limit = self._deadlines.learn
         given = dict(others)
-        streams = [handle.train.options(num_returns="streaming").remote(sealed, given) for handle in self._handles]
-        drained = [asyncio.create_task(_drain(stream)) for stream in streams[1:]]
+        methods = [handle.train.options(num_returns="streaming") for handle in self._ranks.handles]
+        reports: asyncio.Queue[StepReport | None] = asyncio.Queue()
+        calls = [_follow(method.remote(sealed, given), reports) for method in methods]
+        training = asyncio.create_task(self._ranks.together(calls, self._deadlines.learn, f"round {sealed.round}"))
+        training.add_done_callback(lambda _: reports.put_nowait(None))
         try:
-            async with asyncio.timeout(limit):
-                async for reference in streams[0]:
-                    yield await reference
-                await asyncio.gather(*drained)
-        except TimeoutError:
-            raise DeadlineError(f"learner: round {sealed.round} was not trained within {limit:.0f} s") from None
-        except ray.exceptions.RayTaskError as error:
-            raise unwrap(error) from error
-        except ray.exceptions.RayActorError as error:
-            raise RLHFError(
-                f"learner: a rank died in round {sealed.round}: {str(error).splitlines()[0]} (without memory left the "
-                "system kills the largest process: lower learner.micro_batch_size, or see `rlhf validate`)"
-            ) from error
+            while (report := await reports.get()) is not None:
+                yield report
+            await training
+        finally:
+            training.cancel()
 
     async def statistics(self) -> dict[str, float]:
         """Round metrics of the last `train`."""
-        return await within(self._handles[0].statistics.remote(), self._deadlines.learn, "learner 0: statistics")
+        return await self._first("statistics", self._deadlines.learn, "statistics")
 
     async def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Summed log-probs of `pairs` under the policy: float64 [n, 2]."""
-        found = await self._all("score", self._deadlines.learn, f"scoring {len(pairs)} pairs", tuple(pairs))
-        return found[0]
+        return (await self._ranks.all("score", self._deadlines.learn, f"scoring {len(pairs)} pairs", tuple(pairs)))[0]
 
     async def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Mean loss and rewards of `pairs` under the policy, without a step."""
-        found = await self._all("evaluate", self._deadlines.learn, f"evaluating {len(pairs)} pairs", tuple(pairs))
-        return found[0]
+        what = f"evaluating {len(pairs)} pairs"
+        return (await self._ranks.all("evaluate", self._deadlines.learn, what, tuple(pairs)))[0]
 
     async def save(self, path: Path) -> None:
         """Write a checkpoint into `path`."""
-        await self._all("save", self._deadlines.checkpoint, f"save {path.name}", path)
+        await self._ranks.all("save", self._deadlines.checkpoint, f"save {path.name}", path)
+        self._budget.progressed()
 
     async def load(self, path: Path) -> None:
         """Restore a checkpoint."""
-        await self._all("load", self._deadlines.checkpoint, f"load {path.name}", path)
+        await self._ranks.all("load", self._deadlines.checkpoint, f"load {path.name}", path)
 
     async def export(self, path: Path) -> None:
         """Write the policy as a Hugging Face checkpoint."""
-        await self._all("export", self._deadlines.checkpoint, "export", path)
+        await self._ranks.all("export", self._deadlines.checkpoint, "export", path)
 
     async def manifest(self, version: int) -> WeightManifest:
         """Export the weights of `version`, packed and checksummed, with the probes' log-probs."""
-        found = await self._all("manifest", self._deadlines.sync, f"export version {version}", version, self._probes)
-        return found[0]
+        what = f"export version {version}"
+        return (await self._ranks.all("manifest", self._deadlines.sync, what, version, self._probes))[0]
 
-    async def _all(self, method: str, deadline: float, what: str, *arguments: Any) -> list[Any]:
-        calls = [getattr(handle, method).remote(*arguments) for handle in self._handles]
-        return await all_within(calls, deadline, f"learner: {what}")
+    async def _first(self, method: str, deadline: float, what: str) -> Any:
+        call = getattr(self._ranks.handles[0], method).remote()
+        return (await self._ranks.together([call], deadline, what))[0]
 
 
 @contextmanager
@@ -218,6 +249,7 @@ def naming_memory() -> Iterator[None]:
         ) from error
 
 
-async def _drain(stream: Any) -> None:
+async def _follow(stream: Any, reports: "asyncio.Queue[StepReport | None]") -> None:
+    """Read a rank's stream to its end; only rank 0's has reports."""
     async for reference in stream:
-        await reference
+        reports.put_nowait(await reference)

@@ -1,14 +1,17 @@
 """Starts the learner's ranks."""
 
+import asyncio
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
 
 from actors.cluster import ClusterInfo
 from actors.learner import LearnerActor, LearnerGroup
-from actors.placement import Role, actor_options, place
+from actors.placement import Role, actor_options, place, stop
 from actors.weights.outgoing import Publishing
 from rlhf.config.system import Deadlines
+from rlhf.health import RestartBudget
 from rlhf.learning.job import LearnerJob
 from rlhf.ports import Monitor
 
@@ -17,26 +20,39 @@ async def start_learner(
     job: LearnerJob,
     cluster: ClusterInfo,
     deadlines: Deadlines,
+    budget: RestartBudget,
     monitor: Monitor,
     advance: Callable[[int], None],
     *,
     publishing: Publishing | None = None,
     probes: Sequence[tuple[int, ...]] = (),
 ) -> LearnerGroup:
-    """The ranks behind the `Learner` port, met and with their models loaded; `probes` prove published weights."""
+    """The ranks behind the `Learner` port, met and with their models loaded; `probes` prove published weights.
+
+    Restarts take from `budget`; the new ranks have the names and the places of the old ones.
+    """
     config, gpu = job.learner, cluster.device == "cuda"
     threads = cluster.threads(config.cpus, config.world_size)
     role = Role("learner", config.world_size, cluster.reserved(threads), 1 if gpu else 0, "PACK")
     group = await place(role, deadlines.start)
     environment = {"OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR"}
     actor = ray.remote(LearnerActor)
-    handles = [
-        actor.options(**actor_options(f"learner-{rank}", group, rank, role, environment)).remote(
-            job, rank, config.world_size, cluster.device, publishing or Publishing()
-        )
-        for rank in range(config.world_size)
-    ]
-    learner = LearnerGroup(handles, deadlines, probes)
+    names = [f"learner-{rank}" for rank in range(config.world_size)]
+
+    def launch() -> list[Any]:
+        return [
+            actor.options(**actor_options(name, group, rank, role, environment)).remote(
+                job, rank, config.world_size, cluster.device, publishing or Publishing()
+            )
+            for rank, name in enumerate(names)
+        ]
+
+    async def relaunch() -> list[Any]:
+        # Nothing is asked of ranks that are left: they may be waiting in a collective.
+        await asyncio.gather(*(stop(name, orderly=False) for name in names))
+        return launch()
+
+    learner = LearnerGroup(launch(), deadlines, probes, relaunch, budget, monitor.alert)
     for note in await learner.start():
         monitor.alert(note)
     advance(config.world_size)

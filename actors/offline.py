@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from actors.cluster import connect
@@ -16,6 +17,7 @@ from rlhf.data.preference_pairs import PreferencePairs, encode_pair
 from rlhf.data.training_sets import read_training_set
 from rlhf.evaluation.preference import ROWS, PreferenceEvaluator
 from rlhf.evaluation.summary import Rows, show_summary
+from rlhf.health import RestartBudget
 from rlhf.modelfiles import local_folder, tensor_shapes
 from rlhf.monitor.group import MonitorGroup
 from rlhf.planning import OFFLINE_STORE
@@ -101,9 +103,11 @@ async def _train(config: OfflineTraining, work: OfflineWork, run_dir: Path, moni
         return
     policy = config.policy.model_copy(update={"path": str(work.model.resolve())})
     job = OfflineJob(policy, config.warmed_up(rounds.count), config.seed, rounds, config.checkpoint)
+    deadlines, restarts = config.cluster.deadlines, config.cluster.restarts
+    budget = RestartBudget(restarts.budget, restarts.window_s)
     with connect(config.name, config.cluster, OFFLINE_STORE, run_dir) as cluster, stop_on_sigterm():
         with monitor.progress("load models", config.learner.world_size) as bar:
-            learner = await start_learner(job, cluster, config.cluster.deadlines, monitor, bar.advance)
+            learner = await start_learner(job, cluster, deadlines, budget, monitor, bar.advance)
         nobody = NoFleet()
         system = System(
             source=with_streams(OfflineSource(work.segment, ledger, work.data, work.group), work.others(ledger)),
@@ -115,6 +119,5 @@ async def _train(config: OfflineTraining, work: OfflineWork, run_dir: Path, moni
             evaluator=work.evaluator(learner, monitor, run_dir / "evaluation"),
             monitor=monitor,
         )
-        await run_rounds(system, job)
-        await export_policy(learner, run_dir, monitor)
+        await run_rounds(system, job, partial(export_policy, learner, run_dir, monitor))
     show_summary(run_dir, monitor, work.table, "held-out pairs")

@@ -107,6 +107,33 @@ class RestartBudget:
         return f"{self.budget} in {self.window_s:.0f} s"
 
 
+class ProgressBudget(RestartBudget):
+    """A share in another budget for one whose every restart repeats work: no more than that budget between two steps
+    forward, however long each try takes."""
+
+    def __init__(self, shared: RestartBudget):
+        super().__init__(shared.budget, shared.window_s)
+        self._shared = shared
+
+    def progressed(self) -> None:
+        """Something was gained that no restart repeats."""
+        self.taken = 0
+
+    def left(self) -> int:
+        """Restarts that could begin now."""
+        return min(self._shared.left(), self.budget - self.taken)
+
+    def take(self) -> bool:
+        """Take one restart, of the shared budget too; False, and nothing taken, if none is left."""
+        if self.left() <= 0:
+            return False
+        self.taken += 1
+        return self._shared.take()
+
+    def __str__(self) -> str:
+        return f"{self._shared}, or without progress"
+
+
 class Health:
     """The state of one member, which starts STALE.
 

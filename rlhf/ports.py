@@ -104,7 +104,17 @@ class RoundEvaluator(Protocol):
 
 
 class Learner(Protocol):
-    """A group of ranks that trains the policy."""
+    """A group of ranks that trains the policy.
+
+    Every call but `restart` raises `LearnerLostError` once a rank is gone or has not answered in time.
+    """
+
+    async def restart(self) -> bool:
+        """Start all ranks again, untrained, if one of them is lost; returns whether one was.
+
+        Raises `RLHFError` when no restart is left to be taken.
+        """
+        ...
 
     def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """Take the round's optimizer steps, a report each; refuses a round that it has already taken.

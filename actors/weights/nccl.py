@@ -14,7 +14,7 @@ from actors.calls import within
 from actors.fleet import GeneratorFleet
 from actors.weights.payload import check_complete
 from actors.weights.plane import Outcomes, Plane
-from rlhf.errors import EngineLostError, PayloadError, RLHFError
+from rlhf.errors import EngineLostError, LearnerLostError, PayloadError, RLHFError
 from rlhf.records import Bucket, WeightManifest
 
 
@@ -56,9 +56,12 @@ def update_info(buckets: Sequence[Bucket]) -> dict[str, Any]:
 class Sender(Protocol):
     """The learner's side. `calls` are the generators' calls at the other end: if one fails, the wait is over.
 
-    Both raise `EngineLostError` when the other end failed or the deadline passed and the group was torn down;
-    anything else means that the learner itself is lost.
+    Both raise `EngineLostError` when the other end failed or the deadline passed and the group was torn down,
+    `LearnerLostError` when a rank is gone.
     """
+
+    generation: int
+    """Another number means other processes, which have joined no group."""
 
     async def rendezvous(self) -> tuple[str, int]:
         """An address and a free port where rank 0 can be met."""
@@ -98,22 +101,24 @@ class NcclPlane(Plane):
         self._expected = expected
         self._workers = workers
         self._buffer_bytes = buffer_bytes
-        self._joined: dict[str, Any] = {}
+        self._joined: tuple[int, dict[str, Any]] | None = None
 
     async def _transfer(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
         check_complete(manifest.buckets, self._expected)
-        # A new actor in an old one's place is another handle: the group is then made anew.
+        # A new actor in an old one's place is another handle, and a learner that was started again another generation:
+        # the group is then made anew.
         handles = {target: self._fleet.handle(target) for target in targets}
-        if handles != self._joined and (refused := await self._open(manifest, handles)):
+        members, joined = (self._learner.generation, handles), self._joined
+        self._joined = None
+        if members != joined and (refused := await self._open(manifest, handles)):
             return refused
-        self._joined = {}
         calls = {
             target: handle.receive.remote(manifest, self._verify, self._tolerance) for target, handle in handles.items()
         }
         what = f"update to version {manifest.version}"
-        outcomes = await self._together(what, self._learner.send_nccl(list(calls.values())), calls)
+        outcomes = await self._together(what, self._learner.send_nccl(list(calls.values())), calls, handles)
         if not any(isinstance(outcome, RLHFError) for outcome in outcomes.values()):
-            self._joined = handles
+            self._joined = members
         return outcomes
 
     async def _open(self, manifest: WeightManifest, handles: Mapping[str, Any]) -> Outcomes:
@@ -127,7 +132,7 @@ class NcclPlane(Plane):
             for index, (target, handle) in enumerate(handles.items())
         }
         what = "joining the NCCL group"
-        outcomes = await self._together(what, self._learner.open_nccl(group, list(calls.values())), calls)
+        outcomes = await self._together(what, self._learner.open_nccl(group, list(calls.values())), calls, handles)
         errors = [outcome for outcome in outcomes.values() if isinstance(outcome, RLHFError)]
         if not errors:
             return {}
@@ -137,8 +142,14 @@ class NcclPlane(Plane):
             for target, outcome in outcomes.items()
         }
 
-    async def _together(self, what: str, leader: Awaitable[None], calls: Mapping[str, Awaitable[Any]]) -> Outcomes:
-        """Run both ends. When the learner's end fails, an engine that is not through yet counts as lost."""
+    async def _together(
+        self, what: str, leader: Awaitable[None], calls: Mapping[str, Awaitable[Any]], handles: Mapping[str, Any]
+    ) -> Outcomes:
+        """Run both ends. When the learner's end fails, an engine that is not through yet counts as lost.
+
+        It waits for a sender that is gone, and nothing can be done about that from outside: when the learner itself is
+        lost, other engines take the place of all such.
+        """
         tasks = {
             target: asyncio.ensure_future(within(call, self._deadline, f"{target}: {what}"))
             for target, call in calls.items()
@@ -150,6 +161,11 @@ class NcclPlane(Plane):
                 await asyncio.gather(*tasks.values(), return_exceptions=True)
             except EngineLostError as error:
                 reason = error
+            except LearnerLostError as error:
+                for target, task in tasks.items():
+                    if isinstance(outcome := _outcome(task, error), EngineLostError):
+                        self._fleet.lost(target, str(outcome), handles[target])
+                raise
             return {target: _outcome(task, reason) for target, task in tasks.items()}
         finally:
             for task in tasks.values():

@@ -53,6 +53,10 @@ class ConsoleSink:
         if event.event == "eval" and self._first_score is None:
             self._first_score = event.metrics.get("eval/score")
 
+    def rewind(self, round: int) -> None:
+        """Forget the steps of rounds after `round`: they are taken again."""
+        self._means.rewind(round)
+
     def alert(self, message: str) -> None:
         """A yellow warning."""
         line = f"! {' '.join(clean_text(message).split())}"

@@ -22,6 +22,11 @@ class StepMeans:
             if value is not None:
                 self._values[round][name].append(value)
 
+    def rewind(self, round: int) -> None:
+        """Forget the steps of rounds after `round`: they are taken again."""
+        for later in [key for key in self._values if key > round]:
+            del self._values[later]
+
     def pop(self, round: int) -> dict[str, float]:
         """The means of a round, which is then forgotten with all before it."""
         values: Mapping[str, list[float]] = self._values.get(round, {})

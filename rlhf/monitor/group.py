@@ -62,6 +62,7 @@ class MonitorGroup:
         W&B cannot take back what was sent: there, a replayed round's points lie on top of the first ones.
         """
         self._jsonl.rewind(round)
+        self._console.rewind(round)
         if self._tensorboard:
             self._tensorboard.rebuild(to_event(record) for record in read_records(self._jsonl.path))
 

@@ -3,16 +3,21 @@
 Two coroutines share a queue. The first turns planned prompts into sealed pairs; the second trains them and publishes
 the new weights. A permit is spent on each round that is sampled and comes back when a round is published, so sampling
 runs at most `lookahead` rounds ahead of training.
+
+A learner that is lost is started again, and the loop goes on as it does in a process that was started again: from the
+newest whole checkpoint, with what has been sealed since. What was being sampled is sampled again, beside the training
+that is repeated.
 """
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from rlhf.config.learner import Learner as LearnerConfig
 from rlhf.config.system import Checkpoint, Rounds
+from rlhf.errors import RLHFError
 from rlhf.ports import Fleet, Learner, Monitor, PairSource, RoundEvaluator, WeightPlane
 from rlhf.records import SealedRound, SyncReport
 from rlhf.rounds.checkpoints import CheckpointStore
@@ -57,8 +62,32 @@ class System:
     monitor: Monitor
 
 
-async def run_rounds(system: System, config: LoopConfig) -> None:
-    """Run every round that is not done yet, from the newest whole checkpoint on."""
+async def run_rounds(system: System, config: LoopConfig, finish: Callable[[], Awaitable[None]] | None = None) -> None:
+    """Run every round that is not done yet, then `finish`; once more for each time that the learner is lost in it."""
+    task = asyncio.current_task()
+    assert task is not None
+    while True:
+        try:
+            # In a task of its own: a group of tasks that fails leaves the mark of a stop on the one it is in.
+            await asyncio.create_task(go_on(system, config))
+            if finish:
+                await finish()
+            return
+        except (RLHFError, ExceptionGroup) as error:
+            if task.cancelling():
+                # The run is being stopped, which such a group forgets.
+                raise asyncio.CancelledError from error
+            if not (expected(error) and await system.learner.restart()):
+                raise
+
+
+def expected(error: Exception) -> bool:
+    """Could a lost learner be behind it? Whatever fails may: generators, for one, cannot fetch weights any more."""
+    return isinstance(error, RLHFError) or (isinstance(error, ExceptionGroup) and error.split(RLHFError)[1] is None)
+
+
+async def go_on(system: System, config: LoopConfig) -> None:
+    """Run the rounds that are left from the newest whole checkpoint on."""
     done = await resume(system)
     await publish(system, done)
     settle(system, done)

@@ -50,6 +50,8 @@ class Saver:
         finally:
             if self._running is not None:
                 await asyncio.wait([self._running])
+                # Looked at, since an error that nobody takes would be shown with its traceback.
+                self._running.exception()
 
     async def wait(self) -> float:
         """Wait for the save under way; returns the seconds it took, 0.0 if there was none."""

@@ -110,6 +110,9 @@ class World:
                 await self.point(f"step {sealed.round}")
                 yield StepReport(sealed.round, step, {"train/pairs": 1.0, "train/loss": 0.5})
 
+    async def restart(self) -> bool:
+        return False
+
     async def statistics(self) -> dict[str, float]:
         return {"timing_s/learn": 1.0, "train/skipped": 0.0}
 

@@ -10,7 +10,7 @@ from actors.fleet import GeneratorFleet
 from actors.weights.nccl import NcclGroup, NcclPlane
 from actors.weights.transport import build_plane
 from rlhf.config import RunConfig
-from rlhf.errors import EngineLostError, PayloadError, RLHFError
+from rlhf.errors import EngineLostError, LearnerLostError, PayloadError, RLHFError
 from rlhf.health import State
 from rlhf.records import Bucket, Probe, TensorSpec, WeightManifest
 
@@ -49,6 +49,7 @@ class Broadcast:
         self.groups: list[NcclGroup] = []
         self.offsets: dict[str, int] = {}
         self.sending = asyncio.Event()
+        self.generation = 0
 
     # The learner's side, as `LearnerGroup` has it. It watches the calls, as a rank does.
     async def rendezvous(self) -> tuple[str, int]:
@@ -222,23 +223,61 @@ async def test_no_engine_left_is_an_error_that_says_why() -> None:
         await setup.publish()
 
 
-async def test_a_learner_that_died_ends_the_run_and_costs_no_engine() -> None:
-    setup = Setup(())
-
-    async def dead(calls: Sequence[Any]) -> None:
-        raise RLHFError("learner: sending over NCCL: the actor died")
-
-    setup.network.send_nccl = dead  # type: ignore[method-assign]
-    with pytest.raises(RLHFError, match="learner: sending over NCCL"):
-        await setup.publish()
+async def test_a_learner_that_is_started_again_meets_the_engines_in_a_new_group() -> None:
+    setup = Setup((), ())
+    await setup.publish(2)
+    setup.network.generation += 1
+    assert (await setup.publish(1)).served == ("g0", "g1")
+    assert [group.port for group in setup.network.groups] == [29500, 29501]
+    await setup.publish(2)
+    assert len(setup.network.groups) == 2
     assert setup.replaced == []
+
+
+@pytest.mark.parametrize("method", ["open_nccl", "send_nccl"])
+async def test_a_learner_lost_on_the_way_costs_the_engines_that_wait_for_it(method: str) -> None:
+    setup = Setup((), ("stuck",) if method == "send_nccl" else ())
+    whole = getattr(setup.network, method)
+
+    async def lost(*arguments: Any) -> None:
+        if method == "send_nccl":
+            # One engine has all of it by then.
+            await whole(*arguments)
+            await asyncio.sleep(0.1)
+        raise LearnerLostError("learner: rank 0 died")
+
+    setattr(setup.network, method, lost)
+    with pytest.raises(LearnerLostError, match="rank 0 died"):
+        await setup.publish(1)
+    await setup.fleet.recovered()
+    assert sorted(setup.replaced) == (["g1"] if method == "send_nccl" else ["g0", "g1"])
+    setattr(setup.network, method, whole)
+    setup.network.generation += 1
+    assert (await setup.publish(0)).served == ("g0", "g1")
+
+
+async def test_a_group_in_which_the_learner_died_is_not_taken_for_one_that_is_open() -> None:
+    setup = Setup((), ())
+    await setup.publish(1)
+    # Only g0 is asked, so a group of its own is due, in whose making the learner dies.
+    whole = setup.network.rendezvous
+
+    async def lost() -> Any:
+        raise LearnerLostError("learner: rank 0 died")
+
+    setup.network.rendezvous = lost  # type: ignore[method-assign]
+    with pytest.raises(LearnerLostError):
+        await setup.plane.publish(manifest(2), ["g0"])
+    setup.network.rendezvous = whole  # type: ignore[method-assign]
+    await setup.publish(2)
+    assert len(setup.network.groups) == 2
 
 
 def test_the_plane_of_each_transport() -> None:
     fleet = Setup(()).fleet
     config = RunConfig(name="t", policy={"path": "models/x"}, prompts={"path": "p.jsonl"})
     names = {
-        transport: type(build_plane(transport, config, fleet, Broadcast(), SHAPES, 0.1)).__name__
+        transport: type(build_plane(transport, config, fleet, Broadcast(), SHAPES, 0.1, print)).__name__
         for transport in ("object_store", "nccl")
     }
     assert names == {"object_store": "ObjectStorePlane", "nccl": "NcclPlane"}
