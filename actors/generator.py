@@ -2,8 +2,9 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import ray
@@ -11,6 +12,7 @@ import ray
 from actors.calls import in_batches
 from actors.engine.llm import Engine, EngineSpec
 from actors.engine.plugin import NCCL
+from actors.engine.sleeping import DROP_WEIGHTS, WEIGHTS
 from actors.weights.nccl import NcclGroup, update_info
 from actors.weights.probe import ProbeError, probe_error
 from rlhf.errors import EngineLostError, PayloadError
@@ -52,6 +54,8 @@ class GeneratorActor:
         """
         if self._failure or self._version is None:
             raise EngineLostError(f"{self._name} serves no proved version: {self._failure or 'no update yet'}")
+        if not self._engine.awake:
+            raise RuntimeError(f"{self._name} is asleep: somebody else has the turn")
         tasks = [
             asyncio.create_task(self._proved_response(request, k, sampling))
             for request in requests
@@ -114,7 +118,7 @@ class GeneratorActor:
                 self._references = []
                 raise PayloadError(f"{self._name} refused version {manifest.version}: {_root(error)}") from None
             try:
-                return await self._take(self._engine.load(manifest.version), manifest, verify, tolerance)
+                return await self._take(partial(self._engine.load, manifest.version), manifest, verify, tolerance)
             finally:
                 self._references = []
 
@@ -134,8 +138,8 @@ class GeneratorActor:
         """
         self._check_whole()
         with self._updating():
-            received = self._engine.receive(manifest.version, update_info(manifest.buckets))
-            return await self._take(received, manifest, verify, tolerance)
+            receive = partial(self._engine.receive, manifest.version, update_info(manifest.buckets))
+            return await self._take(receive, manifest, verify, tolerance)
 
     @contextmanager
     def _updating(self) -> Iterator[None]:
@@ -147,11 +151,16 @@ class GeneratorActor:
             self._settled.set()
             self._settled = asyncio.Event()
 
-    async def _take(self, loading: Awaitable[None], manifest: WeightManifest, verify: bool, tolerance: float) -> float:
+    async def _take(
+        self, load: Callable[[], Awaitable[None]], manifest: WeightManifest, verify: bool, tolerance: float
+    ) -> float:
         # The number may have been proved before, for other weights: a learner goes back to a checkpoint.
         self._proved.discard(manifest.version)
         try:
-            await loading
+            # Of an engine that sleeps: the rest only once the old and the new weights are not both there any more.
+            await self._engine.wake((WEIGHTS,))
+            await load()
+            await self._engine.wake()
             await self._engine.resume()
             errors = await self._probe(manifest.probes, manifest.version) if verify else []
             # Written so that a NaN fails too.
@@ -174,6 +183,16 @@ class GeneratorActor:
     async def sequence_logprobs(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:
         """The engine's log-prob of each token after the first."""
         return await self._engine.sequence_logprobs(token_ids, f"logprobs-{id(token_ids)}")
+
+    async def sleep(self, level: int) -> None:
+        """Give the device's memory back until `wake` or the next update; see `actors.engine.sleeping`."""
+        if level == DROP_WEIGHTS:
+            self._version = None
+        await self._engine.sleep(level)
+
+    async def wake(self) -> None:
+        """Take the device's memory again, if it was given back."""
+        await self._engine.wake()
 
     def shutdown(self) -> None:
         """Stop the engine's own processes; nothing can be asked of it afterwards."""

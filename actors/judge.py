@@ -4,11 +4,12 @@ import asyncio
 import itertools
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
 from actors.calls import ActorDiedError, NoAnswerError, first_line, within
+from actors.engine.sleeping import KEEP_WEIGHTS
 from actors.reviving import revive
 from rlhf.config.judge import EngineJudge, PooledJudge
 from rlhf.errors import EngineLostError, RLHFError
@@ -21,6 +22,8 @@ from rlhf.records import Comparison, Verdict
 if TYPE_CHECKING:
     from actors.engine.llm import EngineSpec
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class ActorEngines:
@@ -28,31 +31,39 @@ class ActorEngines:
 
     device: str
     seed: int
+    sleeps: bool = False
+    """Do they share the device, and sleep between their turns?"""
     started: list[Any] = field(default_factory=list)
     """Engines of vLLM, which have processes of their own."""
+    held: list[Any] = field(default_factory=list)
+    """All engines."""
 
     def scorer(self, config: EngineJudge) -> Scorer:
         """vLLM, or transformers where the config says so."""
         if config.backend == "transformers":
             from rlhf.judging.transformers_engine import TransformersScorer
 
-            return TransformersScorer(config, self.device)
+            return self._hold(TransformersScorer(config, self.device))
         from actors.engine.llm import Engine
 
         engine = Engine(self._spec(config, config.max_length + 1))  # one more for the answer
         self.started.append(engine)
-        return engine
+        return self._hold(engine)
 
     def rewarder(self, config: EngineJudge) -> Rewarder:
         """vLLM's pooling runner, or transformers where the config says so."""
         if config.backend == "transformers":
             from rlhf.judging.transformers_engine import TransformersRewarder
 
-            return TransformersRewarder(config, self.device)
+            return self._hold(TransformersRewarder(config, self.device))
         from actors.engine.pooling import PoolingEngine
 
         engine = PoolingEngine(self._spec(config, config.max_length))
         self.started.append(engine)
+        return self._hold(engine)
+
+    def _hold(self, engine: T) -> T:
+        self.held.append(engine)
         return engine
 
     def _spec(self, config: EngineJudge, max_length: int) -> "EngineSpec":
@@ -69,15 +80,21 @@ class ActorEngines:
             trust_remote_code=config.trust_remote_code,
             arguments=config.engine,
             transport=None,
+            sleeps=self.sleeps,
         )
 
 
 class JudgeActor:
     """One judge; a judge that needs an engine holds it in this actor."""
 
-    def __init__(self, config: PooledJudge, device: str, seed: int):
-        self._engines = ActorEngines(device, seed)
+    def __init__(self, config: PooledJudge, device: str, seed: int, sleeps: bool = False):
+        """`sleeps` says that the judge's engines share their device."""
+        self._engines = ActorEngines(device, seed, sleeps)
         self._judge = build_judge(config, self._engines)
+        self._awake = True
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def start(self) -> str:
         """The node's id once the judge is ready."""
@@ -85,7 +102,29 @@ class JudgeActor:
 
     async def compare(self, comparisons: list[Comparison]) -> list[Verdict]:
         """One verdict a comparison, in order."""
-        return await self._judge.compare(comparisons)
+        if not self._awake:
+            raise RuntimeError("the judge is asleep: somebody else has the turn")
+        self._running += 1
+        self._idle.clear()
+        try:
+            return await self._judge.compare(comparisons)
+        finally:
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    async def sleep(self) -> None:
+        """Give the device's memory back, once the comparisons that nobody waits for any more have ended."""
+        self._awake = False
+        await self._idle.wait()
+        for engine in self._engines.held:
+            await engine.sleep(KEEP_WEIGHTS)
+
+    async def wake(self) -> None:
+        """Take the device's memory again."""
+        for engine in self._engines.held:
+            await engine.wake()
+        self._awake = True
 
     def shutdown(self) -> None:
         """Stop the engine's own processes; nothing can be asked of it afterwards."""
@@ -216,6 +255,14 @@ class JudgePool:
                 raise self._failure
             if slot and self._handles[slot.index] is slot.handle:
                 return slot
+
+    def running(self) -> dict[int, Any]:
+        """The actors that are there, by number."""
+        return {index: handle for index, handle in enumerate(self._handles) if handle is not None}
+
+    def lost(self, index: int, handle: Any, reason: str) -> None:
+        """The actor behind `handle` is gone or useless: another one takes its place, in the background."""
+        self._lost(_Slot(index, handle), reason)
 
     def _healthy(self) -> Health:
         health = Health(self._budget, self._deadline)

@@ -1,7 +1,7 @@
 """vLLM's AsyncLLM behind the few calls that generators and judges need."""
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -11,6 +11,8 @@ import numpy as np
 
 from actors.engine.adapters import Adapter, Adapters, AdapterSpec
 from actors.engine.plugin import NCCL, TRANSPORT, register
+from actors.engine.sleeping import PARTS, Sleeper
+from rlhf.config.colocate import GPU_SHARE
 from rlhf.errors import EngineLostError
 from rlhf.records import Bucket, Rollout, SampleRequest, VersionSpan
 
@@ -35,6 +37,8 @@ class EngineSpec:
     adapters: AdapterSpec | None = None
     sync_s: float = 600.0
     """Seconds in which a payload must have reached a worker."""
+    sleeps: bool = False
+    """Does the engine share its device, and sleep between its turns?"""
 
 
 class Engine:
@@ -51,10 +55,26 @@ class Engine:
         self._sync_s = spec.sync_s
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
         self._adapters = Adapters(self._engine, spec.adapters) if spec.adapters else None
+        self._sleeper = Sleeper(self._engine, spec.device == "cuda")
 
     def shutdown(self) -> None:
         """Stop the engine's processes."""
         self._engine.shutdown()
+
+    @property
+    def awake(self) -> bool:
+        """Can it sample?"""
+        return self._sleeper.awake
+
+    async def sleep(self, level: int) -> None:
+        """Give the device's memory back; see `actors.engine.sleeping`."""
+        with naming_death():
+            await self._sleeper.sleep(level)
+
+    async def wake(self, parts: Collection[str] = PARTS) -> None:
+        """Take the device's memory again."""
+        with naming_death():
+            await self._sleeper.wake(parts)
 
     async def sample(self, request: SampleRequest, k: int, sampling: dict[str, Any], name: str) -> Rollout:
         """Sample response `k` of a request with its own seed."""
@@ -241,6 +261,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         arguments |= spec.adapters.arguments()
     elif spec.transport:
         arguments["weight_transfer_config"] = {"backend": NCCL if spec.transport == NCCL else TRANSPORT}
+    if spec.sleeps and spec.device == "cuda":
+        arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": GPU_SHARE}
     return arguments | spec.arguments
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from actors.engine.llm import EngineSpec, engine_arguments, naming_death
+from actors.engine.sleeping import Sleeper
 from rlhf.judging.reward_model import check_reward_model
 
 
@@ -21,12 +22,23 @@ class PoolingEngine:
         check_reward_model(spec.model, spec.trust_remote_code)
         arguments = {"runner": "pooling"} | engine_arguments(spec)
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._sleeper = Sleeper(self._engine, spec.device == "cuda")
         self._names = itertools.count()
         self._padding = self._skipped_padding()
 
     def shutdown(self) -> None:
         """Stop the engine's processes."""
         self._engine.shutdown()
+
+    async def sleep(self, level: int) -> None:
+        """Give the device's memory back; see `actors.engine.sleeping`."""
+        with naming_death():
+            await self._sleeper.sleep(level)
+
+    async def wake(self) -> None:
+        """Take the device's memory again."""
+        with naming_death():
+            await self._sleeper.wake()
 
     async def rewards(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """The model's one logit for each tokenized conversation, before any activation: float64 [len(prompts)]."""

@@ -18,13 +18,38 @@ BATCH_TOKENS = 8192
 """Tokens of one forward pass, padding included."""
 
 
-class TransformersScorer:
+class _OnDevice:
+    """A model that can leave its device and come back."""
+
+    _model: Any
+    _thread: ThreadPoolExecutor
+    _device: str
+
+    async def sleep(self, level: int) -> None:
+        """Give the device's memory back; the weights are kept in CPU memory at any `level`."""
+        await self._move("cpu")
+
+    async def wake(self) -> None:
+        """Take the device's memory again."""
+        await self._move(self._device)
+
+    async def _move(self, device: str) -> None:
+        def move() -> None:
+            self._model.to(device)
+            if self._device != "cpu":
+                torch.cuda.empty_cache()
+
+        await asyncio.get_running_loop().run_in_executor(self._thread, move)
+
+
+class TransformersScorer(_OnDevice):
     """Next-token log-probs of a causal LM."""
 
     def __init__(self, config: EngineJudge, device: str) -> None:
         """Loads `config.path` onto `device` ("cpu" or "cuda"); raises `InputError` if it is no such model."""
         from transformers import AutoModelForCausalLM
 
+        self._device = device
         self._model = _load(AutoModelForCausalLM, config, device)
         self._keeps = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._thread = _one_thread()
@@ -50,7 +75,7 @@ class TransformersScorer:
         return torch.log_softmax(ends.float(), dim=-1)[:, token_ids]
 
 
-class TransformersRewarder:
+class TransformersRewarder(_OnDevice):
     """Rewards of a sequence classifier with one label."""
 
     def __init__(self, config: EngineJudge, device: str) -> None:
@@ -59,6 +84,7 @@ class TransformersRewarder:
 
         assert config.path is not None
         check_reward_model(config.path, config.trust_remote_code)
+        self._device = device
         self._model = _load(AutoModelForSequenceClassification, config, device)
         self._text_config = self._model.config.get_text_config()
         self._pad = self._text_config.pad_token_id
