@@ -110,7 +110,9 @@ async def _train(config: OfflineTraining, work: OfflineWork, run_dir: Path, moni
             learner = await start_learner(job, cluster, deadlines, budget, monitor, bar.advance)
         nobody = NoFleet()
         system = System(
-            source=with_streams(OfflineSource(work.segment, ledger, work.data, work.group), work.others(ledger)),
+            source=with_streams(
+                OfflineSource(work.segment, ledger, work.data, work.group, monitor.alert), work.others(ledger)
+            ),
             learner=learner,
             plane=nobody,
             fleet=nobody,

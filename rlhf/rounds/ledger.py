@@ -5,12 +5,18 @@ generator). There is no way back and no way past a state. Whoever dies, the next
 """
 
 import json
+import os
+import shutil
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from rlhf.errors import RLHFError
-from rlhf.files import write_json
+from rlhf.files import rename_durable, write_atomic, write_json, writing
+
+MANIFEST, BEFORE = "manifest.json", "manifest.before.json"
 
 
 class RoundState(IntEnum):
@@ -37,17 +43,40 @@ class Ledger:
 
     def manifest(self, round: int) -> dict[str, Any]:
         """What has been committed for a round; empty for a new one. Raises `RLHFError` if it cannot be read."""
-        path = self._rounds / f"{round:04d}" / "manifest.json"
+        path = self._rounds / f"{round:04d}" / MANIFEST
         if not path.exists():
             return {}
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            RoundState[manifest["state"]]
-            return manifest
-        except (ValueError, TypeError, KeyError) as error:
+            return _parse(path)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RLHFError(
                 f"{path}: the manifest is damaged ({error}); restore it or start over with --fresh"
             ) from error
+
+    def rounds(self) -> list[int]:
+        """Rounds that have a folder, in order."""
+        return sorted(int(path.name) for path in self._rounds.glob("*") if path.name.isdigit())
+
+    def mend(self) -> list[str]:
+        """Take the state before in place of a manifest that is damaged; returns a line for each.
+
+        What has been lost of the state is done again or follows from the checkpoints, so that nothing is trained twice.
+        The newest round's first manifest is set aside: the round is planned again, as it was. Another that has no
+        state before it stays as it is.
+        """
+        told = []
+        rounds = self.rounds()
+        for round in rounds:
+            path, before = (self._rounds / f"{round:04d}" / name for name in (MANIFEST, BEFORE))
+            if _whole(path) or not (path.exists() or before.exists()):
+                continue
+            if _whole(before):
+                write_atomic(path, before.read_bytes())
+                told.append(f"{path}: damaged or gone; goes on from the state before, {_parse(path)['state']}")
+            elif round == rounds[-1] and not before.exists():
+                rename_durable(path, path.with_name("manifest.damaged.json"))
+                told.append(f"{path}: damaged; round {round} is planned again")
+        return told
 
     def state(self, round: int) -> RoundState:
         """The state of a round."""
@@ -79,4 +108,42 @@ class Ledger:
             return
         if current != state - 1:
             raise RLHFError(f"round {round} cannot go from {current.name} to {state.name}")
-        write_json(self.folder(round) / "manifest.json", {**manifest, **payload, "round": round, "state": state.name})
+        # As it will be read, where keys that are numbers have become text.
+        content = json.loads(json.dumps({**manifest, **payload, "round": round, "state": state.name}))
+        path = self.folder(round) / MANIFEST
+        _keep(path)
+        write_json(path, {**content, "check": _check(content)})
+
+
+def _keep(path: Path) -> None:
+    """Keep the manifest as it is under its other name: a link, since the new one will be another file."""
+    if not path.exists():
+        return
+    before = path.with_name(BEFORE)
+    with writing(before):
+        before.unlink(missing_ok=True)
+        try:
+            os.link(path, before)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, before)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """A manifest without its checksum; raises one of several errors if it is not what was written."""
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    RoundState[manifest["state"]]
+    if manifest.pop("check") != _check(manifest):
+        raise ValueError("its checksum is another one")
+    return manifest
+
+
+def _whole(path: Path) -> bool:
+    try:
+        _parse(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return True
+
+
+def _check(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())

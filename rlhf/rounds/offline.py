@@ -1,6 +1,7 @@
 """Rounds whose pairs come from a preference set and not from sampling: the same loop, ledger and checkpoints."""
 
 import asyncio
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from rlhf.config.system import Checkpoint, Rounds
 from rlhf.errors import InputError
 from rlhf.records import Pair, SealedRound, SyncReport, WeightManifest
 from rlhf.rounds.ledger import Ledger, RoundState
+from rlhf.rounds.resume_sealed import mend_sealed
 from rlhf.rounds.sealing import read_sealed, seal_pairs
 
 
@@ -28,19 +30,30 @@ class OfflineSource:
     """Seals segment r of the data as round r, in training order."""
 
     def __init__(
-        self, segment: Callable[[int], tuple[list[Pair], int]], ledger: Ledger, data: str, group: int = 1
+        self,
+        segment: Callable[[int], tuple[list[Pair], int]],
+        ledger: Ledger,
+        data: str,
+        group: int = 1,
+        alert: Callable[[str], None] = warnings.warn,
     ) -> None:
         """`segment(round)` gives the same pairs whenever it is asked, and how many of the data were unusable.
 
-        `data` names them in an error. Each `group` neighbours are trained in one micro-batch.
+        `data` names them in an error. Each `group` neighbours are trained in one micro-batch. `alert` is told of sealed
+        files that were damaged.
         """
+        self._alert = alert
+        self._mended = False
         self._group = group
         self._segment = segment
         self._ledger = ledger
         self._data = data
 
     async def streams(self, round: int) -> Mapping[str, SealedRound]:
-        """The round's pairs, sealed now unless they are on disk already."""
+        """The round's pairs, sealed now unless they are on disk already; what is damaged there is made again first."""
+        if not self._mended:
+            await mend_sealed(self._ledger, self.rebuild, self._alert)
+            self._mended = True
         folder = self._ledger.folder(round)
         if self._ledger.state(round) < RoundState.SEALED:
             pairs, unusable = await asyncio.to_thread(self._segment, round)
@@ -58,6 +71,10 @@ class OfflineSource:
         digest = self._ledger.manifest(round)["pairs"]["sha256"]
         sealed = read_sealed(folder / "pairs.parquet", round, digest)
         return {"offline": replace(sealed, ordered=True, group=self._group)}
+
+    async def rebuild(self, round: int) -> list[Pair]:
+        """The pairs of a sealed round, taken from the data again."""
+        return (await asyncio.to_thread(self._segment, round))[0]
 
     def metrics(self, round: int) -> tuple[dict[str, float], list[str]]:
         """How many pairs the segment holds, and how many could not be used."""

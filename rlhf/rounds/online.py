@@ -13,11 +13,14 @@ from rlhf.data.prompts import PromptOrder
 from rlhf.errors import InputError
 from rlhf.judging.health import check_valid_share, health_warnings, judge_metrics
 from rlhf.ports import Generators, Judge, Monitor
-from rlhf.records import Prompt, Rollout, SampleRequest, SealedRound, Verdict
+from rlhf.records import Pair, Prompt, Rollout, SampleRequest, SealedRound, Verdict
 from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.pairing import DRAWING, PairingResult, make_pairs
-from rlhf.rounds.sealing import read_sealed, seal_pairs, write_rollouts, write_verdicts
+from rlhf.rounds.resume_sealed import RecordedJudge, check_file, mend_sealed
+from rlhf.rounds.sealing import read_rollouts, read_sealed, read_verdicts, seal_pairs, write_rollouts, write_verdicts
 from rlhf.seeds import derive_seed
+
+ROLLOUTS, VERDICTS = "rollouts.parquet", "verdicts.parquet"
 
 
 class OnlineSource:
@@ -43,6 +46,7 @@ class OnlineSource:
         self._monitor = monitor
         # For strategies that draw nothing: making a generator takes longer than all else of a prompt.
         self._undrawn = np.random.default_rng(0)
+        self._mended = False
 
     def plan(self, round: int) -> list[Prompt]:
         """The round's prompts, planned in the ledger before anything is sampled."""
@@ -63,8 +67,12 @@ class OnlineSource:
     async def streams(self, round: int) -> Mapping[str, SealedRound]:
         """The round's sealed pairs, sampled and judged now unless they are on disk already.
 
+        The first call of a process looks at all sealed files and makes again what is damaged, where that can be done.
         Raises `RLHFError`, with nothing sealed, if fewer than judge.health.min_valid of the comparisons are valid.
         """
+        if not self._mended:
+            await mend_sealed(self._ledger, self.rebuild, self._monitor.alert)
+            self._mended = True
         prompts = self.plan(round)
         if self._ledger.state(round) < RoundState.SEALED:
             await self._sample_and_seal(round, prompts)
@@ -75,6 +83,23 @@ class OnlineSource:
         """Metrics and warnings of the sampling and judging of a sealed round."""
         sealed = self._ledger.manifest(round)["pairs"]
         return dict(sealed["metrics"]), list(sealed["warnings"])
+
+    async def rebuild(self, round: int) -> list[Pair]:
+        """The pairs of a sealed round, made again from its responses and verdicts.
+
+        Raises `RLHFError` where these files are damaged too, or are not those of the round's prompts.
+        """
+        folder, made_of = self._ledger.folder(round), self._ledger.manifest(round)["pairs"]["made_of"]
+        files = {name: check_file(folder / name, digest) for name, digest in made_of.items()}
+        rollouts = await asyncio.to_thread(read_rollouts, files[ROLLOUTS])
+        judge = RecordedJudge(await asyncio.to_thread(read_verdicts, files[VERDICTS]))
+        groups: dict[str, list[Rollout]] = {}
+        for rollout in rollouts:
+            groups.setdefault(rollout.uid, []).append(rollout)
+        samples = self._config.generator.samples
+        whole = [(prompt, groups.get(prompt.uid, [])) for prompt in self.plan(round)]
+        results = [await self._pairs(prompt, group, round, judge) for prompt, group in whole if len(group) == samples]
+        return [pair for result in results for pair in result.pairs]
 
     async def _sample_and_seal(self, round: int, prompts: list[Prompt]) -> None:
         started = time.monotonic()
@@ -90,9 +115,9 @@ class OnlineSource:
         metrics |= self._fleet_metrics()
         warnings = health_warnings(metrics, health) + _empty_warnings(round, metrics)
         folder = self._ledger.folder(round)
-        await asyncio.to_thread(_write, folder, rollouts, verdicts)
+        made_of = await asyncio.to_thread(_write, folder, rollouts, verdicts)
         digest = await asyncio.to_thread(seal_pairs, folder / "pairs.parquet", pairs)
-        payload = {"sha256": digest, "count": len(pairs), "metrics": metrics, "warnings": warnings}
+        payload = {"sha256": digest, "count": len(pairs), "made_of": made_of, "metrics": metrics, "warnings": warnings}
         self._ledger.commit(round, RoundState.SEALED, {"pairs": payload})
 
     async def _rollouts_and_verdicts(
@@ -113,7 +138,7 @@ class OnlineSource:
                     group.append(rollout)
                     if len(group) == samples:
                         # Judging starts with the first finished prompt, while others are still sampled.
-                        judged.append(tasks.create_task(self._pairs(by_uid[rollout.uid], group, round)))
+                        judged.append(tasks.create_task(self._pairs(by_uid[rollout.uid], group, round, self._judge)))
             generate_s = time.monotonic() - started
             with self._monitor.progress("judge", len(judged)) as bar:
                 # In the order in which they began; a failure ends the group, and this wait, at once.
@@ -123,13 +148,13 @@ class OnlineSource:
         rollouts = [rollout for group in groups.values() for rollout in group]
         return rollouts, [task.result() for task in judged], generate_s
 
-    async def _pairs(self, prompt: Prompt, group: list[Rollout], round: int) -> PairingResult:
+    async def _pairs(self, prompt: Prompt, group: list[Rollout], round: int, judge: Judge) -> PairingResult:
         rng = self._undrawn
         if self._config.pairing.strategy in DRAWING:
             rng = np.random.default_rng(derive_seed(self._config.seed, "pairing", prompt.uid, round))
         fresh = [rollout for rollout in group if not self._too_old(rollout, round)]
         samples = self._config.generator.samples
-        return await make_pairs(fresh, prompt, self._judge, self._config.pairing, rng, round, samples)
+        return await make_pairs(fresh, prompt, judge, self._config.pairing, rng, round, samples)
 
     def _too_old(self, rollout: Rollout, round: int) -> bool:
         """Would its oldest token be more than rounds.max_staleness versions old when the round is trained?
@@ -179,6 +204,9 @@ def _empty_warnings(round: int, metrics: dict[str, Any]) -> list[str]:
     return warnings
 
 
-def _write(folder: Path, rollouts: list[Rollout], verdicts: list[Verdict]) -> None:
-    write_rollouts(folder / "rollouts.parquet", rollouts)
-    write_verdicts(folder / "verdicts.parquet", verdicts)
+def _write(folder: Path, rollouts: list[Rollout], verdicts: list[Verdict]) -> dict[str, str]:
+    """What pairs are made of, by file name its SHA-256."""
+    return {
+        ROLLOUTS: write_rollouts(folder / ROLLOUTS, rollouts),
+        VERDICTS: write_verdicts(folder / VERDICTS, verdicts),
+    }

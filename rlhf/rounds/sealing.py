@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from rlhf.errors import RLHFError
 from rlhf.files import write_atomic
-from rlhf.records import Comparison, Pair, Rollout, SealedRound, Verdict, VersionSpan
+from rlhf.records import Comparison, Pair, Rollout, SealedRound, Verdict, VerdictState, VersionSpan
 
 _IDS = pa.list_(pa.int32())
 _LOGPROBS = pa.list_(pa.float32())
@@ -67,15 +67,15 @@ _MATCH_FIELDS = ("uid", "index_a", "index_b")
 _VERDICT_FIELDS = ("p_ab", "p_ba", "score_a", "score_b", "reason", "truncated")
 
 
-def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """Write rollouts in the order (uid, k)."""
+def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> str:
+    """Write rollouts in the order (uid, k) and return the file's SHA-256."""
     ordered = sorted(rollouts, key=lambda item: (item.uid, item.k))
     columns = {name: _values(ordered, name) for name in ROLLOUT_SCHEMA.names}
     columns["versions"] = [
         [{"version": span.version, "start": span.start, "end": span.end} for span in spans]
         for spans in columns["versions"]
     ]
-    write_atomic(path, _parquet(columns, ROLLOUT_SCHEMA))
+    return _write(path, _parquet(columns, ROLLOUT_SCHEMA))
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
@@ -94,22 +94,37 @@ def read_rollouts(path: Path) -> list[Rollout]:
     ]
 
 
-def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
-    """Write verdicts; the texts stand in the rollouts."""
+def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> str:
+    """Write verdicts and return the file's SHA-256; the texts stand in the rollouts."""
     ordered = sorted(verdicts, key=lambda item: _match(item.comparison))
     matches = zip(*(_match(verdict.comparison) for verdict in ordered), strict=True)
     columns: dict[str, Sequence[Any]] = dict(zip(_MATCH_FIELDS, matches, strict=True)) if ordered else {}
     columns |= {name: _values(ordered, name) for name in _VERDICT_FIELDS}
     columns["state"] = [str(verdict.state) for verdict in ordered]
-    write_atomic(path, _parquet(columns, VERDICT_SCHEMA))
+    return _write(path, _parquet(columns, VERDICT_SCHEMA))
+
+
+def read_verdicts(path: Path) -> list[Verdict]:
+    """Read what `write_verdicts` wrote: comparisons without their texts; of one comparison in the order of judging."""
+    return [
+        Verdict(
+            Comparison(row["uid"], (), "", "", row["index_a"], row["index_b"]),
+            state=VerdictState(row["state"]),
+            **{name: row[name] for name in _VERDICT_FIELDS},
+        )
+        for row in pq.read_table(path).to_pylist()
+    ]
 
 
 def seal_pairs(path: Path, pairs: Sequence[Pair]) -> str:
     """Write pairs in the order (uid, chosen, rejected) and return the file's SHA-256."""
+    return _write(path, pair_bytes(pairs))
+
+
+def pair_bytes(pairs: Sequence[Pair]) -> bytes:
+    """The sealed file of these pairs, in whatever order they come; the same for the same version of Arrow."""
     ordered = sorted(pairs, key=lambda pair: (pair.uid, pair.chosen_ids, pair.rejected_ids))
-    data = _parquet({name: _values(ordered, name) for name in PAIR_SCHEMA.names}, PAIR_SCHEMA)
-    write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
+    return _parquet({name: _values(ordered, name) for name in PAIR_SCHEMA.names}, PAIR_SCHEMA)
 
 
 def read_sealed(path: Path, round: int, digest: str) -> SealedRound:
@@ -129,6 +144,11 @@ def read_sealed(path: Path, round: int, digest: str) -> SealedRound:
     table = pq.read_table(io.BytesIO(data))
     columns = [_read_column(table.column(field.name)) for field in dataclasses.fields(Pair)]
     return SealedRound(round, tuple(itertools.starmap(Pair, zip(*columns, strict=True))), digest)
+
+
+def _write(path: Path, data: bytes) -> str:
+    write_atomic(path, data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def _match(comparison: Comparison) -> tuple[str, int, int]:

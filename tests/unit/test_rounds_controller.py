@@ -354,13 +354,16 @@ async def test_changed_pairs_are_not_trained(tmp_path: Path) -> None:
 
     with pytest.raises(ExceptionGroup):
         await run(World(fail), make_config(), tmp_path)
-    path = tmp_path / "rounds" / "0002" / "pairs.parquet"
-    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    # Their responses too: from these the pairs would be made again.
+    for name in ("pairs", "rollouts"):
+        path = tmp_path / "rounds" / "0002" / f"{name}.parquet"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x00")
     world = World()
     with pytest.raises(ExceptionGroup) as error:
         await run(world, make_config(), tmp_path)
     assert error.group_contains(RLHFError, match=r"0002/pairs\.parquet: the sealed pairs of round 2 have changed")
     assert not any(event.startswith("train") for event in world.trace)
+    assert "0002/rollouts.parquet is damaged too" in world.alerts[0]
 
 
 async def test_a_round_without_pairs_takes_no_step_warns_and_is_done(tmp_path: Path) -> None:

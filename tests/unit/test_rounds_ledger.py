@@ -150,6 +150,73 @@ def test_a_half_written_temporary_file_is_ignored(tmp_path: Path) -> None:
     assert not temporary.exists()
 
 
+def test_every_flipped_bit_is_noticed_and_mended_from_the_state_before(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    advance(ledger, 1, RoundState.TRAINED)
+    file = manifest_file(tmp_path, 1)
+    whole = file.read_bytes()
+    for position in range(0, len(whole) - 1, 3):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 7
+        file.write_bytes(bytes(damaged))
+        if damaged.split() == whole.split():
+            continue  # a blank more or less says nothing else
+        with pytest.raises(RLHFError, match=r"0001/manifest\.json: .*damaged"):
+            ledger.state(1)
+        (told,) = Ledger(tmp_path).mend()
+        assert told == f"{file}: damaged or gone; goes on from the state before, SEALED"
+        assert ledger.state(1) == RoundState.SEALED
+        ledger.commit(1, RoundState.TRAINED, {})
+        assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("reached", STATES[1:])
+def test_a_cut_off_manifest_goes_back_one_state_and_the_other_rounds_stay(reached: RoundState, tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for round, state in ((1, RoundState.PUBLISHED), (2, reached), (3, RoundState.PLANNED)):
+        advance(ledger, round, state)
+    os.truncate(manifest_file(tmp_path, 2), 20)
+    assert len(ledger.mend()) == 1
+    states = [ledger.state(round) for round in (1, 2, 3)]
+    assert states == [RoundState.PUBLISHED, STATES[STATES.index(reached) - 1], RoundState.PLANNED]
+    assert ledger.plan(2) == ["a", "b"]
+    assert ledger.mend() == []
+
+
+def test_the_newest_round_s_first_manifest_is_set_aside(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    advance(ledger, 1, RoundState.SEALED)
+    advance(ledger, 2, RoundState.PLANNED)
+    os.truncate(manifest_file(tmp_path, 2), 20)
+    (told,) = ledger.mend()
+    assert "round 2 is planned again" in told
+    assert (ledger.state(1), ledger.state(2)) == (RoundState.SEALED, RoundState.NEW)
+    assert manifest_file(tmp_path, 2).with_name("manifest.damaged.json").stat().st_size == 20
+
+
+def test_what_cannot_be_mended_is_left_to_be_refused(tmp_path: Path) -> None:
+    """Round 1's only manifest: round 2 was planned after it, so it cannot be planned again as if it were new."""
+    ledger = Ledger(tmp_path)
+    advance(ledger, 1, RoundState.PLANNED)
+    advance(ledger, 2, RoundState.PLANNED)
+    os.truncate(manifest_file(tmp_path, 1), 20)
+    assert ledger.mend() == []
+    with pytest.raises(RLHFError, match=r"0001/manifest\.json: .*damaged"):
+        ledger.state(1)
+
+
+def test_a_file_system_without_links_keeps_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refused)
+    ledger = Ledger(tmp_path)
+    advance(ledger, 1, RoundState.SEALED)
+    manifest_file(tmp_path, 1).write_bytes(b"")
+    assert len(ledger.mend()) == 1
+    assert ledger.state(1) == RoundState.PLANNED
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """Random commits, kills and restarts against a dictionary that holds what must be on disk."""
 

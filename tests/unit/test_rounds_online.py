@@ -44,6 +44,7 @@ class Ports:
         self.judged: list[str] = []
         self.deadline = 0.0
         self.empty_uid = ""
+        self.alerts: list[str] = []
 
     async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
         self.deadline = deadline
@@ -59,6 +60,9 @@ class Ports:
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         self.judged += [item.uid for item in comparisons]
         return [make_verdict(item, p, p) for item in comparisons for p in [0.9 if item.a > item.b else 0.1]]
+
+    def alert(self, message: str) -> None:
+        self.alerts.append(message)
 
     def progress(self, name: str, total: int | None) -> "Ports":
         return self
