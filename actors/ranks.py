@@ -12,7 +12,7 @@ import ray
 import torch.distributed as dist
 
 from actors.calls import first_line, unwrap
-from rlhf.errors import LearnerLostError, RLHFError
+from rlhf.errors import LearnerLostError
 
 T = TypeVar("T")
 
@@ -46,19 +46,20 @@ class Ranks:
         told = asyncio.get_running_loop().create_future()
         self._waiting.add(told)
         tasks = [asyncio.ensure_future(call) for call in calls]
-        work = asyncio.gather(*tasks)
+        work = asyncio.create_task(_results(tasks))
         try:
             await asyncio.wait({work, told}, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
             if work.done():
                 if error := work.exception():
-                    raise await self._explained(error, tasks, what) from error
+                    await self._explain(error, tasks, what)
                 return work.result()
             if not self.loss:
                 self._lose(f"{what} did not end within {deadline:.0f} s: a rank hangs")
             raise LearnerLostError(f"learner: {self.loss}")
         finally:
             self._waiting.discard(told)
-            work.cancel()
+            for task in (work, *tasks):
+                task.cancel()
 
     async def look(self) -> bool:
         """Whether a rank is gone. One that is at work counts as being there."""
@@ -76,18 +77,18 @@ class Ranks:
         if self.loss:
             raise LearnerLostError(f"learner: {self.loss}")
 
-    async def _explained(self, error: BaseException, tasks: "Sequence[asyncio.Future[T]]", what: str) -> BaseException:
-        """What a failed call means: the loss of the ranks, or what the rank raised."""
+    async def _explain(self, error: BaseException, tasks: "Sequence[asyncio.Future[T]]", what: str) -> None:
+        """Raise what a failed call means if that is another error: the loss of the ranks, or what a rank raised."""
         rank = next((n for n, task in enumerate(tasks) if task.done() and _failure(task) is error), 0)
-        cause = unwrap(error) if isinstance(error, ray.exceptions.RayTaskError) else error
-        if isinstance(cause, RLHFError):
-            return cause
         if isinstance(error, ray.exceptions.RayTaskError):
+            if (cause := unwrap(error)) is not error:
+                raise cause from error
             if not await self.look() and broken_collective(error):
                 self._lose(f"{what}: rank {rank} waited for others in vain: {first_line(error)}")
         elif isinstance(error, ray.exceptions.RayError):
             self._died(rank, error, what)
-        return LearnerLostError(f"learner: {self.loss}") if self.loss else cause
+        if self.loss:
+            raise LearnerLostError(f"learner: {self.loss}") from error
 
     def _died(self, rank: int, error: BaseException, what: str) -> None:
         during = f" ({what})" if what else ""
@@ -107,6 +108,10 @@ def broken_collective(error: ray.exceptions.RayTaskError) -> bool:
     """Did a rank fail because the others were not there? Gloo has no exception of its own, NCCL has."""
     cause = getattr(error, "cause", None)
     return isinstance(cause, dist.DistError) or (isinstance(cause, RuntimeError) and "gloo" in str(cause))
+
+
+async def _results(tasks: "Sequence[asyncio.Future[T]]") -> list[T]:
+    return list(await asyncio.gather(*tasks))
 
 
 async def _there(handle: Any) -> None:
