@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import RLHFError
-from rlhf.files import rename_durable
+from rlhf.files import rename_durable, writing
 from rlhf.monitor.group import MonitorGroup, build_monitor
 from rlhf.monitor.monitored import Monitored
 from rlhf.monitor.report import write_report
@@ -36,7 +36,7 @@ def run_session(
     Raises `RLHFError` (its `exit_code` is the command's), `KeyboardInterrupt` on SIGINT; both after a clean save.
     """
     told: list[str] = []
-    with open_run_directory(config, fresh, told.append) as run_dir:
+    with open_run_directory(config, fresh, told.append) as run_dir, writing(run_dir):
         monitor = build_monitor(config, run_dir, rounds)
         code = 1
 
@@ -91,11 +91,11 @@ def stop_on_sigterm(then: str = "the same command goes on from the last saved ro
 
 @contextmanager
 def _one_error() -> Iterator[None]:
-    """Tasks fail in groups; a user gets the one error that is ours, anything else with its traceback."""
+    """Tasks fail in groups; a user gets the one error that is ours or the disk's, anything else with its traceback."""
     try:
         yield
     except BaseExceptionGroup as group:
-        ours = group.subgroup(RLHFError)
+        ours = group.subgroup(RLHFError) or group.subgroup(OSError)
         if ours is None:
             raise
         error: BaseException = ours

@@ -22,7 +22,7 @@ from tests.unit.test_rounds_controller import World, check_finished, make_config
 from tests.unit.test_rounds_run_directory import begin, planned
 
 POINTS = ["sample", "response", "judge", "train 2", "publish 2", "serve 2", "saved round-0001", "saved round-0002"]
-"""Moments of the loop from which on the disk is full: before a round is sealed, a checkpoint put in place, and others."""
+"""Moments from which on the disk is full: before a round is sealed, before a checkpoint is in place, and others."""
 
 
 @pytest.fixture(autouse=True)
