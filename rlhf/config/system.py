@@ -117,19 +117,26 @@ class Deadlines(Section):
     judge: float = Field(
         1800, gt=0, description="One batch of comparisons; the actor is replaced, another one gets the batch."
     )
-    learn: float = Field(7200, gt=0, description="All steps of a round.")
+    learn: float = Field(
+        7200,
+        gt=0,
+        description="All steps of a round. A learner that is past this deadline, or past that of a sync or a "
+        "checkpoint, hangs and is started again.",
+    )
     sync: float = Field(600, gt=0, description="One weight update on all generators.")
     checkpoint: float = Field(1800, gt=0, description="Writing or reading a checkpoint.")
 
 
 class Restarts(Section):
-    """How often generators and judges that died, or give nothing any more, are started again."""
+    """How often generators, judges and the learner are started again when they died or give nothing any more."""
 
     budget: int = Field(
         5,
         ge=0,
-        description="Restarts within any `window_s`, over all generators and judges; who dies when it is spent is not "
-        "replaced, and the run ends when no generator, or no actor of a judge, is left.",
+        description="Restarts within any `window_s`, over all generators and judges and the learner, whose ranks "
+        "count as one; who dies when it is spent is not replaced, and the run ends when no generator, no actor of a "
+        "judge, or no learner is left. Between two checkpoints the learner gets no more than these however long they "
+        "take.",
     )
     window_s: float = Field(3600, gt=0, description="Length of the window, in seconds.")
 
@@ -151,7 +158,7 @@ class Cluster(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where a node has a GPU.")
     deadlines: Deadlines = Field(default_factory=lambda: Deadlines(), description="Deadlines, in seconds.")
     restarts: Restarts = Field(
-        default_factory=lambda: Restarts(), description="Restarts of generators and judges, and their budget."
+        default_factory=lambda: Restarts(), description="Restarts of actors, and their budget."
     )
     temp_dir: str | None = Field(
         None,

@@ -241,6 +241,17 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_steps_that_are_taken_again_count_once() -> None:
+    sink, out = screen(terminal=False)
+    sink.log(event("step", 1, {"train/loss": 0.3}, 1))
+    sink.log(event("step", 2, {"train/loss": 0.9}, 2))
+    sink.rewind(1)
+    sink.log(event("step", 2, {"train/loss": 0.1}, 2))
+    sink.log(event("round", 1, {}))
+    sink.log(event("round", 2, {}))
+    assert out.getvalue().splitlines() == ["round 1/8  loss 0.300", "round 2/8  loss 0.100"]
+
+
 def test_step_means_forget_earlier_rounds() -> None:
     means = StepMeans()
     means.add(1, {"x": 1.0})
