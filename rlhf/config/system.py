@@ -157,9 +157,7 @@ class Cluster(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where a node has a GPU.")
     deadlines: Deadlines = Field(default_factory=lambda: Deadlines(), description="Deadlines, in seconds.")
-    restarts: Restarts = Field(
-        default_factory=lambda: Restarts(), description="Restarts of actors, and their budget."
-    )
+    restarts: Restarts = Field(default_factory=lambda: Restarts(), description="Restarts of actors, and their budget.")
     temp_dir: str | None = Field(
         None,
         description="Ray's folder for sockets and logs of a local cluster; must be short. Null takes a fresh one under "
