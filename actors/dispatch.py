@@ -11,6 +11,7 @@ import ray
 from actors.calls import first_line, unwrap
 from rlhf.errors import EngineLostError
 from rlhf.records import Rollout, SampleRequest
+from rlhf.wire import PackedRequests
 
 CHUNK = 4
 """Prompts a stream takes at the end: few, so that the slowest replica does not end the round late."""
@@ -144,7 +145,7 @@ class Dispatch:
         handle = self._fleet.begin(member)
         lost = ""
         try:
-            sent = [share.sent() for share in chunk]
+            sent = PackedRequests(share.sent() for share in chunk)
             async for reference in handle.sample.options(num_returns="streaming").remote(sent, self._sampling):
                 self._accept(shares, await reference)
                 self._fleet.heard(member, handle)

@@ -10,13 +10,16 @@ from typing import Any
 import ray
 
 from actors.calls import in_batches
+from actors.engine.ipc import staging_info
 from actors.engine.llm import Engine, EngineSpec
 from actors.engine.plugin import NCCL
 from actors.engine.sleeping import DROP_WEIGHTS, WEIGHTS
+from actors.weights.ipc import DeviceBuffer
 from actors.weights.nccl import NcclGroup, update_info
 from actors.weights.probe import ProbeError, probe_error
 from rlhf.errors import EngineLostError, PayloadError
-from rlhf.records import Probe, Rollout, SampleRequest, WeightManifest
+from rlhf.records import Bucket, Probe, Rollout, SampleRequest, WeightManifest
+from rlhf.wire import PackedRollouts
 
 LINGER_S = 0.01
 """How long a response waits for others to travel with: a stream's item costs the driver more than what it holds."""
@@ -63,7 +66,7 @@ class GeneratorActor:
         ]
         try:
             async for ended in in_batches(tasks, LINGER_S):
-                yield ended
+                yield PackedRollouts(ended)
         finally:
             for task in tasks:
                 task.cancel()
@@ -110,17 +113,46 @@ class GeneratorActor:
         with self._updating():
             self._references = [bucket.handle for bucket in manifest.buckets]
             try:
-                await self._engine.stage(manifest.buckets, verify)
-            except EngineLostError as error:
-                self._failure = str(error)
-                raise EngineLostError(f"{self._name}: {self._failure}") from None
-            except Exception as error:
-                self._references = []
-                raise PayloadError(f"{self._name} refused version {manifest.version}: {_root(error)}") from None
-            try:
+                await self._staging(self._engine.stage(manifest.buckets, verify), f"version {manifest.version}")
                 return await self._take(partial(self._engine.load, manifest.version), manifest, verify, tolerance)
             finally:
                 self._references = []
+
+    async def stage_ipc(
+        self, number: int, bucket: Bucket, filled: list[DeviceBuffer], last: bool, verify: bool
+    ) -> None:
+        """Take a copy of a bucket from the learner rank on the same GPU; the engine stays as it is.
+
+        Raises `PayloadError`, everything staged forgotten, and `EngineLostError`.
+        """
+        self._check_whole()
+        info = staging_info(number, bucket, filled, last, verify)
+        with self._updating():
+            try:
+                await self._staging(self._engine.stage_bucket(info), f"bucket {number}")
+            except PayloadError:
+                await self.drop_ipc()
+                raise
+
+    async def load_ipc(self, manifest: WeightManifest, verify: bool, tolerance: float) -> float:
+        """Load and prove the version whose buckets have been staged; returns and raises as `update` does."""
+        self._check_whole()
+        with self._updating():
+            return await self._take(partial(self._engine.load, manifest.version), manifest, verify, tolerance)
+
+    async def drop_ipc(self) -> None:
+        """Forget what is staged."""
+        await self._staging(self._engine.discard(), "to forget a payload")
+
+    async def _staging(self, call: Awaitable[None], what: str) -> None:
+        """A call that does not touch the model: whatever it raises becomes a `PayloadError` or `EngineLostError`."""
+        try:
+            await call
+        except EngineLostError as error:
+            self._failure = str(error)
+            raise EngineLostError(f"{self._name}: {self._failure}") from None
+        except Exception as error:
+            raise PayloadError(f"{self._name} refused {what}: {_root(error)}") from None
 
     async def open_nccl(self, group: NcclGroup, rank_offset: int) -> None:
         """Join a group that weights will come through, as ranks from `rank_offset` on; raises `EngineLostError`."""

@@ -18,6 +18,7 @@ from rlhf.judging.build import build_judge
 from rlhf.judging.verdicts import check_complete
 from rlhf.ports import Rewarder, Scorer
 from rlhf.records import Comparison, Verdict
+from rlhf.wire import Findings, PackedComparisons, PackedVerdicts
 
 if TYPE_CHECKING:
     from actors.engine.llm import EngineSpec
@@ -100,14 +101,14 @@ class JudgeActor:
         """The node's id once the judge is ready."""
         return ray.get_runtime_context().get_node_id()
 
-    async def compare(self, comparisons: list[Comparison]) -> list[Verdict]:
-        """One verdict a comparison, in order."""
+    async def compare(self, comparisons: list[Comparison]) -> PackedVerdicts:
+        """One verdict a comparison, in order; what arrives are `Findings`."""
         if not self._awake:
             raise RuntimeError("the judge is asleep: somebody else has the turn")
         self._running += 1
         self._idle.clear()
         try:
-            return await self._judge.compare(comparisons)
+            return PackedVerdicts(await self._judge.compare(comparisons))
         finally:
             self._running -= 1
             if not self._running:
@@ -197,18 +198,25 @@ class JudgePool:
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         """One verdict a comparison, in order; raises `RLHFError` when no actor is left to ask."""
         parts = []
-        for comparison in comparisons:
+        given = 0
+        while given < len(comparisons):
             batch = self._open
             if batch is None:
                 batch = self._open = _Batch()
                 self._spawn(self._judge(batch))
-            parts.append((batch, len(batch.comparisons)))
-            batch.comparisons.append(comparison)
-            if len(batch.comparisons) == self._batch_size:
+            start = len(batch.comparisons)
+            batch.comparisons += comparisons[given : given + self._batch_size - start]
+            end = len(batch.comparisons)
+            given += end - start
+            parts.append((batch, start, end))
+            if end == self._batch_size:
                 self._open = None
                 batch.ready.set()
-        # Shielded: the batch is shared, and a caller that is stopped must not stop the others.
-        return [(await asyncio.shield(batch.done))[index] for batch, index in parts]
+        verdicts: list[Verdict] = []
+        for batch, start, end in parts:
+            # Shielded: the batch is shared, and a caller that is stopped must not stop the others.
+            verdicts += (await asyncio.shield(batch.done))[start:end]
+        return verdicts
 
     async def _judge(self, batch: _Batch) -> None:
         try:
@@ -224,9 +232,8 @@ class JudgePool:
         for attempt in itertools.count(1):
             try:
                 what = f"{self._name}-{slot.index}: {len(batch.comparisons)} comparisons"
-                verdicts = await within(slot.handle.compare.remote(batch.comparisons), self._deadline, what)
-                check_complete(batch.comparisons, verdicts or ())
-                return verdicts
+                call = slot.handle.compare.remote(PackedComparisons(batch.comparisons))
+                return _completed(await within(call, self._deadline, what), batch.comparisons)
             except (ActorDiedError, NoAnswerError, EngineLostError) as error:
                 if self._restart is None:
                     raise
@@ -303,3 +310,11 @@ class JudgePool:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _completed(answer: Findings | Sequence[Verdict] | None, comparisons: Sequence[Comparison]) -> list[Verdict]:
+    """The verdicts of an answer: an actor sends findings, since the comparisons are here."""
+    if isinstance(answer, Findings):
+        return answer.verdicts(comparisons)
+    check_complete(comparisons, answer or ())
+    return list(answer or ())

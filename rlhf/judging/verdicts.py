@@ -43,7 +43,7 @@ def invalid_verdict(
     return Verdict(comparison, math.nan, math.nan, VerdictState.INVALID, score_a, score_b, reason)
 
 
-def check_complete(comparisons: Sequence[Comparison], verdicts: Sequence[Verdict]) -> None:
+def check_complete(comparisons: Sequence[Comparison], verdicts: Sequence[object]) -> None:
     """Raise `RLHFError` unless there is one verdict for each comparison: a judge that returns nothing is no judge."""
     if len(verdicts) != len(comparisons):
         raise RLHFError(f"judge: returned {len(verdicts)} verdicts for {len(comparisons)} comparisons; one each is due")

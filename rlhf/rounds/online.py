@@ -18,7 +18,7 @@ from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.pairing import DRAWING, PairingResult, make_pairs
 from rlhf.rounds.resume_sealed import RecordedJudge, check_file, mend_sealed
 from rlhf.rounds.sealing import read_rollouts, read_sealed, read_verdicts, seal_pairs, write_rollouts, write_verdicts
-from rlhf.seeds import derive_seed
+from rlhf.seeds import derive_seed, derive_seeds
 
 ROLLOUTS, VERDICTS = "rollouts.parquet", "verdicts.parquet"
 
@@ -167,10 +167,7 @@ class OnlineSource:
 
 def sample_requests(prompts: list[Prompt], samples: int, seed: int, scope: int | str) -> list[SampleRequest]:
     """Requests whose seeds derive from (run seed, prompt uid, round, k): a retry samples the same responses."""
-    return [
-        SampleRequest(prompt, tuple(derive_seed(seed, prompt.uid, scope, k) for k in range(samples)))
-        for prompt in prompts
-    ]
+    return [SampleRequest(prompt, derive_seeds(seed, prompt.uid, scope, count=samples)) for prompt in prompts]
 
 
 def rollout_metrics(rollouts: list[Rollout], seconds: float) -> dict[str, float]:

@@ -6,7 +6,7 @@ import sys
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rlhf.seeds import derive_seed
+from rlhf.seeds import derive_seed, derive_seeds
 
 PARTS = st.lists(st.integers(-(2**70), 2**70) | st.text("0123456789ab-/ é", max_size=6), max_size=5)
 
@@ -33,6 +33,11 @@ def test_the_cut_between_parts_counts() -> None:
     assert derive_seed("ab", "c") != derive_seed("a", "bc") != derive_seed("abc")
     assert derive_seed(1) != derive_seed("1")
     assert derive_seed(1, 2) != derive_seed(2, 1)
+
+
+@given(parts=PARTS, count=st.integers(0, 12))
+def test_seeds_in_a_row_are_those_of_their_numbers(parts: list[int | str], count: int) -> None:
+    assert derive_seeds(*parts, count=count) == tuple(derive_seed(*parts, k) for k in range(count))
 
 
 @given(first=PARTS, second=PARTS)

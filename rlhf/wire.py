@@ -1,0 +1,160 @@
+"""Lists of records as they travel between processes: as columns.
+
+Pickled one by one, records cost more than all else that the driver does for a response: a call into Python for each
+object, both ways. These lists pickle as a few flat arrays and lists of strings, and arrive as plain lists.
+"""
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import Any, TypeAlias
+
+from rlhf.judging.verdicts import check_complete
+from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VerdictState, VersionSpan
+
+_IDS, _SEEDS, _LOGPROBS = "i", "q", "d"
+
+Lists: TypeAlias = "tuple[array[Any], array[int]]"
+"""Lists of numbers, end to end, and where each ends."""
+
+Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+class PackedRequests(list[SampleRequest]):
+    """Requests for a generator; they arrive as a `list[SampleRequest]`.
+
+    Token ids are int32, seeds int64: raises `OverflowError` for larger ones.
+    """
+
+    def __reduce__(self) -> Reduced:
+        """The requests as columns."""
+        prompts = [request.prompt for request in self]
+        columns = (
+            [prompt.uid for prompt in prompts],
+            [_plain(prompt.messages) for prompt in prompts],
+            [prompt.text for prompt in prompts],
+            _join(_IDS, [prompt.token_ids for prompt in prompts]),
+            [prompt.reference for prompt in prompts],
+            _join(_SEEDS, [request.seeds for request in self]),
+        )
+        return _requests, columns
+
+
+class PackedRollouts(list[Rollout]):
+    """Responses of a generator; they arrive as a `list[Rollout]`.
+
+    Token ids are int32, log-probs float64: raises `OverflowError` for larger ids.
+    """
+
+    def __reduce__(self) -> Reduced:
+        """The responses as columns."""
+        columns = (
+            [rollout.uid for rollout in self],
+            [rollout.k for rollout in self],
+            _join(_IDS, [rollout.token_ids for rollout in self]),
+            _join(_LOGPROBS, [rollout.logprobs for rollout in self]),
+            [rollout.text for rollout in self],
+            [rollout.finish_reason for rollout in self],
+            [tuple([(span.version, span.start, span.end) for span in rollout.versions]) for rollout in self],
+        )
+        return _rollouts, columns
+
+
+class PackedComparisons(list[Comparison]):
+    """Comparisons for a judge; they arrive as a `list[Comparison]`. A conversation that several share travels once."""
+
+    def __reduce__(self) -> Reduced:
+        """The comparisons as rows, and the conversations that they are about."""
+        numbers: dict[int, int] = {}
+        conversations: list[list[dict[str, str]]] = []
+        rows = []
+        for each in self:
+            number = numbers.setdefault(id(each.messages), len(numbers))
+            if number == len(conversations):
+                conversations.append(_plain(each.messages))
+            rows.append((each.uid, number, each.a, each.b, each.index_a, each.index_b, each.reference))
+        return _comparisons, (conversations, rows)
+
+
+class PackedVerdicts(list[Verdict]):
+    """Verdicts of a judge; they arrive as `Findings`, without the comparisons, which whoever asked has."""
+
+    def __reduce__(self) -> Reduced:
+        """The verdicts as rows."""
+        rows = [
+            (each.p_ab, each.p_ba, each.state.value, each.score_a, each.score_b, each.reason, each.truncated)
+            for each in self
+        ]
+        return Findings, (rows,)
+
+
+class Findings:
+    """What a judge found, in the order of the comparisons that it was asked about."""
+
+    def __init__(self, rows: list[tuple[Any, ...]]) -> None:
+        self._rows = rows
+
+    def verdicts(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+        """The verdicts on `comparisons`; raises `RLHFError` if there is not one for each."""
+        check_complete(comparisons, self._rows)
+        return [
+            Verdict(comparison, p_ab, p_ba, _STATES[state], score_a, score_b, reason, truncated)
+            for comparison, (p_ab, p_ba, state, score_a, score_b, reason, truncated) in zip(
+                comparisons, self._rows, strict=True
+            )
+        ]
+
+
+_STATES = {state.value: state for state in VerdictState}
+
+
+def _requests(
+    uids: list[str],
+    conversations: list[list[dict[str, str]]],
+    texts: list[str],
+    token_ids: Lists,
+    references: list[str | None],
+    seeds: Lists,
+) -> list[SampleRequest]:
+    prompts = map(Prompt, uids, map(_messages, conversations), texts, _cut(token_ids), references)
+    return list(map(SampleRequest, prompts, _cut(seeds)))
+
+
+def _rollouts(
+    uids: list[str],
+    ks: list[int],
+    token_ids: Lists,
+    logprobs: Lists,
+    texts: list[str],
+    reasons: list[str],
+    versions: list[tuple[tuple[int, int, int], ...]],
+) -> list[Rollout]:
+    # Most responses are of one version and many of one length: their spans are equal, and made once.
+    spans = {each: tuple(VersionSpan(*span) for span in each) for each in set(versions)}
+    columns = (uids, ks, _cut(token_ids), _cut(logprobs), texts, reasons, map(spans.__getitem__, versions))
+    return list(map(Rollout, *columns))
+
+
+def _comparisons(conversations: list[list[dict[str, str]]], rows: list[tuple[Any, ...]]) -> list[Comparison]:
+    known = [_messages(conversation) for conversation in conversations]
+    return [
+        Comparison(uid, known[number], a, b, index_a, index_b, reference)
+        for uid, number, a, b, index_a, index_b, reference in rows
+    ]
+
+
+def _plain(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [dict(message) for message in messages]
+
+
+def _messages(conversation: list[dict[str, str]]) -> tuple[Message, ...]:
+    return tuple([Message(message) for message in conversation])
+
+
+def _join(kind: str, lists: Sequence[Sequence[Any]]) -> Lists:
+    return array(kind, list(chain.from_iterable(lists))), array("q", accumulate(map(len, lists)))
+
+
+def _cut(lists: Lists) -> Iterator[tuple[Any, ...]]:
+    values, ends = tuple(lists[0]), lists[1]
+    return (values[start:end] for start, end in pairwise(chain((0,), ends)))

@@ -1,0 +1,92 @@
+"""What travels as columns arrives as it was, and pickles the way Ray does it."""
+
+import math
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray import cloudpickle
+
+from rlhf.errors import RLHFError
+from rlhf.judging.verdicts import invalid_verdict, make_verdict
+from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VersionSpan
+from rlhf.wire import Findings, PackedComparisons, PackedRequests, PackedRollouts, PackedVerdicts
+
+TEXTS = st.text(max_size=12)
+IDS = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
+MESSAGES = st.lists(st.builds(lambda role, content: Message(role=role, content=content), TEXTS, TEXTS), max_size=3).map(
+    tuple
+)
+REFERENCES = st.none() | TEXTS
+PROMPTS = st.builds(Prompt, TEXTS, MESSAGES, TEXTS, IDS, REFERENCES)
+REQUESTS = st.builds(SampleRequest, PROMPTS, st.lists(st.integers(0, 2**63 - 1), max_size=4).map(tuple))
+SPANS = st.lists(st.builds(VersionSpan, *[st.integers(-1, 9)] * 3), max_size=3).map(tuple)
+LOGPROBS = st.lists(st.floats(max_value=0.0, allow_nan=False), max_size=6).map(tuple)
+ROLLOUTS = st.builds(Rollout, TEXTS, st.integers(0, 9), IDS, LOGPROBS, TEXTS, TEXTS, SPANS)
+COMPARISONS = st.builds(Comparison, TEXTS, MESSAGES, TEXTS, TEXTS, st.integers(0, 9), st.integers(0, 9), REFERENCES)
+P = st.floats(0.0, 1.0)
+SCORES = st.none() | st.floats(allow_nan=False)
+
+
+def arrived(packed: Any) -> Any:
+    return pickle.loads(cloudpickle.dumps(packed, protocol=5))
+
+
+@given(requests=st.lists(REQUESTS, max_size=5))
+def test_requests_arrive_as_they_were(requests: list[SampleRequest]) -> None:
+    found = arrived(PackedRequests(requests))
+    assert found == requests
+    assert type(found) is list
+    assert all(type(message) is Message for request in found for message in request.prompt.messages)
+
+
+@given(rollouts=st.lists(ROLLOUTS, max_size=5))
+def test_responses_arrive_as_they_were(rollouts: list[Rollout]) -> None:
+    found = arrived(PackedRollouts(rollouts))
+    assert found == rollouts
+    assert type(found) is list
+    assert {type(rollout.token_ids) for rollout in found} <= {tuple}
+
+
+@given(comparisons=st.lists(COMPARISONS, max_size=4), again=st.lists(st.integers(0, 3), max_size=6))
+def test_comparisons_arrive_as_they_were(comparisons: list[Comparison], again: list[int]) -> None:
+    # Some are about the same conversation object, and some about an equal one.
+    given = [comparisons[n % len(comparisons)] for n in again] if comparisons else []
+    assert arrived(PackedComparisons(given)) == given
+
+
+@given(rows=st.lists(st.tuples(COMPARISONS, P, P, SCORES, SCORES), max_size=5), truncated=st.booleans())
+def test_verdicts_are_put_back_onto_their_comparisons(rows: list[tuple[Any, ...]], truncated: bool) -> None:
+    verdicts = [make_verdict(*row) for row in rows]
+    verdicts = [Verdict(v.comparison, v.p_ab, v.p_ba, v.state, v.score_a, v.score_b, v.reason, truncated)
+                for v in verdicts]  # fmt: skip
+    comparisons = [verdict.comparison for verdict in verdicts]
+    found = arrived(PackedVerdicts(verdicts))
+    assert isinstance(found, Findings)
+    assert found.verdicts(comparisons) == verdicts
+    assert all(a.comparison is b for a, b in zip(found.verdicts(comparisons), comparisons, strict=True))
+    with pytest.raises(RLHFError, match="one each is due"):
+        found.verdicts([*comparisons, Comparison("u", (), "a", "b")])
+
+
+def test_an_invalid_verdict_stays_one() -> None:
+    comparison = Comparison("u", (), "a", "b")
+    [found] = arrived(PackedVerdicts([invalid_verdict(comparison, "out of order", 1.5)])).verdicts([comparison])
+    assert math.isnan(found.p_ab)
+    assert math.isnan(found.p_ba)
+    assert (found.state, found.score_a, found.reason) == ("invalid", 1.5, "out of order")
+
+
+def test_a_conversation_that_is_shared_travels_once() -> None:
+    messages = (Message(role="user", content="x" * 1000),)
+    shared = [Comparison(f"u{n}", messages, "a", "b") for n in range(9)]
+    assert len(cloudpickle.dumps(PackedComparisons(shared), protocol=5)) < 2000
+    found = arrived(PackedComparisons(shared))
+    assert {id(comparison.messages) for comparison in found} == {id(found[0].messages)}
+
+
+def test_an_id_that_does_not_fit_is_no_other_id() -> None:
+    with pytest.raises(OverflowError):
+        arrived(PackedRollouts([Rollout("u", 0, (2**31,), (0.0,), "", "stop", ())]))
