@@ -216,6 +216,7 @@ def damaged(learner: Learner, damage: str) -> WeightManifest:
     return WeightManifest(31, (replace(bucket, handle=ray.put(data)),), ())
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_its_proof_is_replaced_and_the_new_one_has_base_and_adapter(launch, tiny_model):
     async def scenario() -> None:
         name = "adapters-b"

@@ -102,6 +102,7 @@ def test_vllm_serves_the_judge_that_was_trained(finished: Run, tmp_path: Path, t
     assert found["overall"]["accuracy"] == pytest.approx(last["eval/accuracy_strict"])
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_judge(finished: Run, tmp_path: Path, tiny_model: Path) -> None:
     training = JudgeTraining(tmp_path, tiny_model)
     killed = training.run(stop=state_reaches(2, "SEALED"))
