@@ -6,6 +6,7 @@ from pathlib import Path
 from actors.cluster import connect
 from actors.launch import Launcher, Parts
 from actors.session import export_policy, run_session, stop_on_sigterm
+from actors.turns import in_turn
 from actors.weights.transport import build_plane
 from rlhf.config import RunConfig
 from rlhf.data.prompts import PromptOrder
@@ -14,11 +15,12 @@ from rlhf.evaluation.summary import show_summary
 from rlhf.inputs import Inputs, check_memory, read_inputs
 from rlhf.monitor.group import MonitorGroup
 from rlhf.planning import make_plan
-from rlhf.ports import SecondStream
+from rlhf.ports import Generators, SecondStream
 from rlhf.rounds.anchor import AnchorStream
 from rlhf.rounds.buffer import ReplayBuffer
 from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.controller import System, run_rounds
+from rlhf.rounds.in_turn import InTurnGenerators, take_turns
 from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.online import OnlineSource
 from rlhf.rounds.streams import with_streams
@@ -54,7 +56,9 @@ async def _train(config: RunConfig, inputs: Inputs, run_dir: Path, monitor: Moni
         launcher = Launcher(config, cluster, str(inputs.model.resolve()), inputs.shapes)
         probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in inputs.prompts.prompts[:PROBES]]
         parts = await launcher.start(probes, monitor, run_dir)
-        system = _assemble(config, run_dir, monitor, ledger, parts, launcher.transport, inputs)
+        system = _assemble(config, run_dir, monitor, ledger, parts, launcher, inputs)
+        if launcher.turns:
+            system = take_turns(system, launcher.turns)
         await run_rounds(system, config, partial(export_policy, parts.learner, run_dir, monitor))
     if system.evaluator:
         show_summary(run_dir, monitor)
@@ -66,23 +70,34 @@ def _assemble(
     monitor: MonitorGroup,
     ledger: Ledger,
     parts: Parts,
-    transport: str,
+    launcher: Launcher,
     inputs: Inputs,
 ) -> System:
-    tolerance = config.sync.probe_tolerance or TOLERANCE[config.policy.dtype]
+    generators: Generators = InTurnGenerators(parts.fleet, launcher.turns) if launcher.turns else parts.fleet
+    plane = build_plane(
+        launcher.transport,
+        config,
+        parts.fleet,
+        parts.learner,
+        inputs.shapes,
+        config.sync.probe_tolerance or TOLERANCE[config.policy.dtype],
+        monitor.alert,
+    )
+    if launcher.turns and parts.fleet.catch_up:
+        parts.fleet.catch_up = in_turn(parts.fleet.catch_up, launcher.turns)
     order = PromptOrder(inputs.prompts.prompts, config.seed)
     evaluator = None
     if inputs.held_out.prompts and config.evaluation.every:
         evaluator = Evaluator(
             config,
             inputs.held_out.prompts,
-            parts.fleet,
+            generators,
             parts.eval_judge,
             monitor,
             run_dir,
             training_judge=parts.judge if config.eval_judge else None,
         )
-    source = OnlineSource(config, order, parts.fleet, parts.judge, ledger, monitor, parts.fleet.metrics)
+    source = OnlineSource(config, order, generators, parts.judge, ledger, monitor, parts.fleet.metrics)
     others: dict[str, SecondStream] = {}
     if config.buffer:
         others["replay"] = ReplayBuffer(config.buffer, ledger, config.seed)
@@ -91,7 +106,7 @@ def _assemble(
     return System(
         source=with_streams(source, others),
         learner=parts.learner,
-        plane=build_plane(transport, config, parts.fleet, parts.learner, inputs.shapes, tolerance, monitor.alert),
+        plane=plane,
         fleet=parts.fleet,
         ledger=ledger,
         checkpoints=CheckpointStore(run_dir, config.checkpoint.keep),

@@ -1,6 +1,7 @@
 """Starts judges: a pool of actors each, an ensemble over several pools."""
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from actors.calls import within
 from actors.cluster import ClusterInfo
 from actors.engine.llm import engine_environment
 from actors.judge import JudgeActor, JudgePool
-from actors.placement import Role, actor_options, place, stop
-from rlhf.config.judge import EngineJudge, EnsembleJudge, PooledJudge
+from actors.placement import Role, SharedPlaces, actor_options, seat, stop
+from actors.turns import PoolParty
+from rlhf.config.judge import EngineJudge, EnsembleJudge, PooledJudge, single_judges
 from rlhf.config.judge import Judge as JudgeConfig
 from rlhf.config.system import Cluster
 from rlhf.health import RestartBudget
@@ -20,6 +22,8 @@ from rlhf.judging.cache import CachedJudge, judge_identity
 from rlhf.judging.ensemble import EnsembleJudge as Ensemble
 from rlhf.modelfiles import local_folder
 from rlhf.ports import Judge
+from rlhf.rounds.in_turn import InTurnJudge
+from rlhf.rounds.turns import Turns, turn_of
 
 CONCURRENCY = 10_000
 """Calls an async actor takes at once; the pool bounds what runs."""
@@ -36,14 +40,31 @@ class JudgeLauncher:
         run_dir: Path | None,
         alert: Callable[[str], None],
         budget: RestartBudget | None = None,
+        turns: Turns | None = None,
     ):
-        """Restarts take from `budget`, by default one of their own."""
+        """Restarts take from `budget`, by default one of their own. With `turns` judges with engines take them."""
+        self._turns = turns
+        self._places: SharedPlaces | None = None
         self._cluster = cluster
         self._deadlines = options.deadlines
         self._seed = seed
         self._run_dir = run_dir
         self._alert = alert
         self._budget = budget or RestartBudget(options.restarts.budget, options.restarts.window_s)
+
+    def share(self, places: SharedPlaces) -> None:
+        """Judges with engines are started in these places."""
+        self._places = places
+
+    def engine_roles(self, config: JudgeConfig, name: str) -> list[Role]:
+        """What the actors with engines need, by pool."""
+        pools = single_judges(config)
+        names = (f"{name}-{index}" for index in itertools.count()) if isinstance(config, EnsembleJudge) else [name]
+        return [
+            self._role(judge, pool)[0]
+            for pool, (_, judge) in zip(names, pools, strict=False)
+            if isinstance(judge, EngineJudge)
+        ]
 
     async def start(self, config: JudgeConfig, name: str, advance: Callable[[], None]) -> Judge:
         """The judge behind its port; `name` is its actors' prefix, `advance` is called as each actor is ready."""
@@ -59,14 +80,15 @@ class JudgeLauncher:
         if isinstance(config, EngineJudge):
             assert config.path is not None
             config = config.model_copy(update={"path": str(local_folder(config.path, "judge.path").resolve())})
+        turns = self._turns if isinstance(config, EngineJudge) else None
         role, environment = self._role(config, name)
-        group = await place(role, self._deadlines.start)
+        role, group = await seat(role, self._deadlines.start, self._places if turns else None)
         actor = ray.remote(JudgeActor)
 
         async def launch(index: int) -> Any:
             options = actor_options(f"{name}-{index}", group, index, role, environment)
             handle: Any = actor.options(**options, max_concurrency=CONCURRENCY).remote(
-                config, self._cluster.device, self._seed
+                config, self._cluster.device, self._seed, turns is not None
             )
             await within(handle.start.remote(), self._deadlines.start, f"{name}-{index}: loading the judge")
             return handle
@@ -76,15 +98,25 @@ class JudgeLauncher:
             advance()
             return handle
 
-        async def restart(index: int) -> Any:
-            await stop(f"{name}-{index}", self._cluster.device == "cuda" and isinstance(config, EngineJudge))
-            return await launch(index)
+        async def end(actor_name: str) -> None:
+            await stop(actor_name, self._cluster.device == "cuda" and isinstance(config, EngineJudge))
 
-        handles = await asyncio.gather(*(first(index) for index in range(config.replicas)))
-        pool = JudgePool(handles, config.batch_size, self._deadlines.judge, name, restart, self._budget, self._alert)
+        async def restart(index: int) -> Any:
+            await end(f"{name}-{index}")
+            async with turn_of(turns, name):
+                return await launch(index)
+
+        async with turn_of(turns, name):
+            handles = await asyncio.gather(*(first(index) for index in range(config.replicas)))
+            pool = JudgePool(
+                handles, config.batch_size, self._deadlines.judge, name, restart, self._budget, self._alert
+            )
+            if turns:
+                turns.join(name, PoolParty(pool, name, end, self._deadlines.judge))
+        judge: Judge = InTurnJudge(pool, turns, name) if turns else pool
         if self._run_dir is None or not config.cache:
-            return pool
-        return CachedJudge(pool, self._run_dir / "verdicts" / f"{name}.sqlite", judge_identity(config), self._alert)
+            return judge
+        return CachedJudge(judge, self._run_dir / "verdicts" / f"{name}.sqlite", judge_identity(config), self._alert)
 
     def _role(self, config: PooledJudge, name: str) -> tuple[Role, dict[str, str]]:
         if not isinstance(config, EngineJudge):

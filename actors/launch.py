@@ -15,15 +15,18 @@ from actors.fleet import GeneratorFleet
 from actors.generator import GeneratorActor
 from actors.judge_launch import JudgeLauncher
 from actors.learner import LearnerGroup
-from actors.learner_launch import start_learner
-from actors.placement import Role, actor_options, place, stop
+from actors.learner_launch import learner_role, start_learner
+from actors.placement import Role, SharedPlaces, actor_options, place_together, seat, stop
+from actors.turns import FleetParty, LearnerParty
 from actors.weights.outgoing import Publishing
 from actors.weights.transport import pick_transport
 from rlhf.config import RunConfig
+from rlhf.config.colocate import sharing_gpu
 from rlhf.config.judge import single_judges, with_path
 from rlhf.health import RestartBudget
 from rlhf.learning.lora import adapter_shapes
 from rlhf.ports import Judge, Monitor
+from rlhf.rounds.turns import GENERATORS, LEARNER, Turns, turn_of
 
 CONCURRENCY = 10_000
 """Calls an async actor takes at once; vLLM itself bounds what runs."""
@@ -51,6 +54,9 @@ class Launcher:
         self._gpu = cluster.device == "cuda"
         restarts = config.cluster.restarts
         self._budget = RestartBudget(restarts.budget, restarts.window_s)
+        self.turns = Turns() if config.cluster.colocate else None
+        """Who may use the devices; None where all have their own."""
+        self._places: SharedPlaces | None = None
         self.transport = pick_transport(config, cluster.device)
         self._adapters: AdapterSpec | None = None
         if config.sync.lora == "adapters" and (lora := config.learner.lora):
@@ -58,28 +64,43 @@ class Launcher:
             self._adapters = AdapterSpec.of(lora.rank, lora.alpha, self._shapes)
 
     async def start(self, probes: list[tuple[int, ...]], monitor: Monitor, run_dir: Path) -> Parts:
-        """Start everything at once; raises on the first actor that fails, naming it."""
+        """Start everything at once, or in turns; raises on the first actor that fails, naming it."""
         config = self._config
-        judges = {"judge": config.judge} | ({"eval-judge": config.eval_judge} if config.eval_judge else {})
+        tops = {"judge": config.judge} | ({"eval-judge": config.eval_judge} if config.eval_judge else {})
+        judges = {name: with_path(judge, self._model) for name, judge in tops.items()}
         actors = sum(judge.replicas for top in judges.values() for _, judge in single_judges(top))
         total = config.generator.replicas + actors + config.learner.world_size
         with monitor.progress("load models", total) as bar:
+            launcher = JudgeLauncher(
+                self._cluster, config.cluster, config.seed, run_dir, monitor.alert, self._budget, self.turns
+            )
+            if self.turns:
+                roles = [self._generators(), learner_role(config.learner, self._cluster)]
+                roles += [role for name, judge in judges.items() for role in launcher.engine_roles(judge, name)]
+                self._places = await place_together(roles, self._deadline)
+                launcher.share(self._places)
+            # Who shares devices waits for its turn: the generators have the first one, the learner, whose work is
+            # next, the last.
             async with asyncio.TaskGroup() as tasks:
-                learner = tasks.create_task(
-                    start_learner(
-                        config, self._cluster, config.cluster.deadlines, self._budget, monitor, bar.advance,
-                        publishing=self._publishing(), probes=probes,
-                    )
-                )  # fmt: skip
                 fleet = tasks.create_task(self._fleet(bar, monitor))
-                launcher = JudgeLauncher(
-                    self._cluster, config.cluster, config.seed, run_dir, monitor.alert, self._budget
-                )
                 started = [
-                    tasks.create_task(launcher.start(with_path(judge, self._model), name, bar.advance))
-                    for name, judge in judges.items()
+                    tasks.create_task(launcher.start(judge, name, bar.advance)) for name, judge in judges.items()
                 ]
+                learner = tasks.create_task(self._learner(bar, monitor, probes))
         return Parts(fleet.result(), started[0].result(), started[-1].result(), learner.result())
+
+    async def _learner(self, bar: Any, monitor: Monitor, probes: list[tuple[int, ...]]) -> LearnerGroup:
+        config = self._config
+        if self.turns and self._gpu:
+            config = config.model_copy(update={"learner": sharing_gpu(config.learner)})
+        async with turn_of(self.turns, LEARNER):
+            learner = await start_learner(
+                config, self._cluster, config.cluster.deadlines, self._budget, monitor, bar.advance,
+                publishing=self._publishing(), probes=probes, places=self._places,
+            )  # fmt: skip
+            if self.turns:
+                self.turns.join(LEARNER, LearnerParty(learner))
+        return learner
 
     def _publishing(self) -> Publishing:
         sync = self._config.sync
@@ -90,19 +111,14 @@ class Launcher:
             self._adapters is not None,
         )
 
-    async def _fleet(self, bar: Any, monitor: Monitor) -> GeneratorFleet:
+    def _generators(self) -> Role:
         config = self._config.generator
-        threads = self._cluster.threads(config.cpus, config.replicas)
-        role = Role(
-            "generator",
-            config.replicas,
-            self._cluster.reserved(threads),
-            config.tensor_parallel if self._gpu else 0,
-            "PACK",
-        )
-        group = await place(role, self._deadline)
-        names = [f"generator-{index}" for index in range(config.replicas)]
-        spec = EngineSpec(
+        cpus = self._cluster.reserved(self._cluster.threads(config.cpus, config.replicas))
+        return Role("generator", config.replicas, cpus, config.tensor_parallel if self._gpu else 0, "PACK")
+
+    def _engine(self) -> EngineSpec:
+        config = self._config.generator
+        return EngineSpec(
             model=self._model,
             dtype=self._config.policy.dtype,
             max_length=self._config.prompts.max_tokens + config.sampling.max_tokens,
@@ -114,9 +130,15 @@ class Launcher:
             transport=self.transport,
             adapters=self._adapters,
             sync_s=self._config.cluster.deadlines.sync,
+            sleeps=self.turns is not None,
         )
 
-        environment = engine_environment(self._cluster.device, threads)
+    async def _fleet(self, bar: Any, monitor: Monitor) -> GeneratorFleet:
+        config, turns = self._config.generator, self.turns
+        role, group = await seat(self._generators(), self._deadline, self._places)
+        names = [f"generator-{index}" for index in range(config.replicas)]
+        spec = self._engine()
+        environment = engine_environment(self._cluster.device, self._cluster.threads(config.cpus, config.replicas))
         actor = ray.remote(GeneratorActor)
 
         async def launch(name: str) -> Any:
@@ -130,18 +152,27 @@ class Launcher:
             bar.advance()
             return handle
 
-        async def restart(name: str) -> Any:
+        async def end(name: str) -> None:
             await stop(name, orderly=self._gpu)
-            return await launch(name)
 
-        handles = await asyncio.gather(*(first(name) for name in names))
-        return GeneratorFleet(
-            dict(zip(names, handles, strict=True)),
-            config.sampling.model_dump(),
-            int(config.engine.get("max_num_seqs", 128 if self._cluster.device == "cpu" else 256)),
-            restart,
-            self._budget,
-            self._config.cluster.deadlines.token,
-            monitor.alert,
-            publishes_meanwhile=self._config.rounds.lookahead > 0,
-        )
+        async def restart(name: str) -> Any:
+            await end(name)
+            async with turn_of(turns, GENERATORS):
+                return await launch(name)
+
+        async with turn_of(turns, GENERATORS):
+            handles = await asyncio.gather(*(first(name) for name in names))
+            fleet = GeneratorFleet(
+                dict(zip(names, handles, strict=True)),
+                config.sampling.model_dump(),
+                int(config.engine.get("max_num_seqs", 128 if self._cluster.device == "cpu" else 256)),
+                restart,
+                self._budget,
+                self._config.cluster.deadlines.token,
+                monitor.alert,
+                publishes_meanwhile=self._config.rounds.lookahead > 0,
+            )
+            if turns:
+                deadline, adapters = self._config.cluster.deadlines.sync, self._adapters is not None
+                turns.join(GENERATORS, FleetParty(fleet, end, deadline, keep_weights=adapters))
+        return fleet

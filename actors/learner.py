@@ -10,13 +10,15 @@ import numpy as np
 import ray
 import torch
 
-from actors.engine.plugin import NCCL
+from actors.engine.ipc import IpcSender
+from actors.engine.plugin import IPC, NCCL
 from actors.ranks import Ranks
 from actors.reviving import revive
+from actors.weights.ipc import DeviceBuffer
 from actors.weights.nccl import NcclGroup
 from actors.weights.outgoing import Outgoing, Publishing
 from rlhf.config.system import Deadlines
-from rlhf.errors import RLHFError
+from rlhf.errors import PayloadError, RLHFError
 from rlhf.health import Health, ProgressBudget, RestartBudget
 from rlhf.learning.job import LearnerJob
 from rlhf.learning.rank import RankLearner
@@ -43,6 +45,8 @@ class LearnerActor:
         self._transport = publishing.transport
         self._sender: Any = None
         self._learner = RankLearner(config, rank, world_size, device)
+        export = self._learner.export_tensors
+        self._ipc = IpcSender(export, device, publishing.bucket_bytes) if self._transport == IPC else None
         self._outgoing = Outgoing(publishing)
 
     def rendezvous(self) -> tuple[str, int]:
@@ -94,17 +98,28 @@ class LearnerActor:
         """Write the policy as a Hugging Face checkpoint (rank 0; all ranks gather)."""
         self._learner.export_hf(path)
 
+    def sleep(self) -> None:
+        """Give the GPU's memory back; on a CPU only the calls before have to end."""
+        self._learner.sleep()
+
+    def wake(self) -> None:
+        """Take the GPU's memory again."""
+        with naming_memory():
+            self._learner.wake()
+
     def manifest(self, version: int, probes: Sequence[tuple[int, ...]]) -> WeightManifest | None:
         """Pack the weights into the object store (rank 0; all ranks gather) and take the probes' log-probs.
 
-        This actor owns the buffers: they live as long as somebody holds the manifest. With NCCL there are none: the
-        manifest only lists the tensors.
+        This actor owns the buffers: they live as long as somebody holds the manifest. With NCCL and IPC there are none:
+        the manifest only lists the tensors.
         """
         logprobs = self._learner.probe(probes)
         proofs = tuple(Probe(tuple(ids), found) for ids, found in zip(probes, logprobs, strict=True))
         if self._sender:
             table = self._sender.table()
             return WeightManifest(version, (table,), proofs) if self._rank == 0 else None
+        if self._ipc:
+            return WeightManifest(version, self._ipc.layout(), proofs)
         tensors = self._learner.export_adapters() if self._adapters else self._learner.export_tensors()
         if self._rank:
             for _ in tensors:
@@ -119,6 +134,25 @@ class LearnerActor:
     def send_nccl(self, calls: Sequence[ray.ObjectRef], deadline: float) -> None:
         """Broadcast the weights to the engines that `calls` let receive them (rank 0; all ranks gather)."""
         self._sender.send(calls, deadline)
+
+    def begin_ipc(self, version: int) -> None:
+        """Get the buffers for a sending; raises `PayloadError` if the weights are not those of `version` any more."""
+        assert self._ipc is not None
+        if self._learner.rounds_done != version:
+            raise PayloadError(
+                f"version {version} cannot be sent again: the learner holds version {self._learner.rounds_done}"
+            )
+        self._ipc.begin()
+
+    def fill_ipc(self, number: int) -> DeviceBuffer:
+        """Put bucket `number`, the next one, into this rank's buffer; all ranks gather."""
+        assert self._ipc is not None
+        return self._ipc.fill(number)
+
+    def end_ipc(self) -> None:
+        """Give the buffers back."""
+        assert self._ipc is not None
+        self._ipc.end()
 
 
 class LearnerGroup:
@@ -184,6 +218,18 @@ class LearnerGroup:
         limit = self._deadlines.sync
         await self._ranks.all("send_nccl", limit + GRACE_S, "sending over NCCL", list(calls), limit)
 
+    async def begin_ipc(self, version: int) -> None:
+        """Get the buffers; see `actors.weights.ipc.Sender`."""
+        await self._ranks.all("begin_ipc", self._deadlines.sync, f"version {version}", version)
+
+    async def fill_ipc(self, number: int) -> list[DeviceBuffer]:
+        """Fill the next bucket; see `actors.weights.ipc.Sender`."""
+        return await self._ranks.all("fill_ipc", self._deadlines.sync, f"bucket {number}", number)
+
+    async def end_ipc(self) -> None:
+        """Give the buffers back."""
+        await self._ranks.all("end_ipc", self._deadlines.sync, "giving buffers back")
+
     async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """Yield the round's step reports as they are made."""
         given = dict(others)
@@ -229,6 +275,14 @@ class LearnerGroup:
         """Export the weights of `version`, packed and checksummed, with the probes' log-probs."""
         what = f"export version {version}"
         return (await self._ranks.all("manifest", self._deadlines.sync, what, version, self._probes))[0]
+
+    async def sleep(self) -> None:
+        """Give the GPUs' memory back, once a save that is under way has ended."""
+        await self._ranks.all("sleep", self._deadlines.checkpoint, "going to sleep")
+
+    async def wake(self) -> None:
+        """Take the GPUs' memory again, once a save that is under way has ended."""
+        await self._ranks.all("wake", self._deadlines.checkpoint, "waking")
 
     async def _first(self, method: str, deadline: float, what: str) -> Any:
         call = getattr(self._ranks.handles[0], method).remote()

@@ -8,12 +8,19 @@ import ray
 
 from actors.cluster import ClusterInfo
 from actors.learner import LearnerActor, LearnerGroup
-from actors.placement import Role, actor_options, place, stop
+from actors.placement import Role, SharedPlaces, actor_options, seat, stop
 from actors.weights.outgoing import Publishing
+from rlhf.config.learner import Learner
 from rlhf.config.system import Deadlines
 from rlhf.health import RestartBudget
 from rlhf.learning.job import LearnerJob
 from rlhf.ports import Monitor
+
+
+def learner_role(config: Learner, cluster: ClusterInfo) -> Role:
+    """What the ranks need."""
+    cpus = cluster.reserved(cluster.threads(config.cpus, config.world_size))
+    return Role("learner", config.world_size, cpus, int(cluster.device == "cuda"), "PACK")
 
 
 async def start_learner(
@@ -26,15 +33,15 @@ async def start_learner(
     *,
     publishing: Publishing | None = None,
     probes: Sequence[tuple[int, ...]] = (),
+    places: SharedPlaces | None = None,
 ) -> LearnerGroup:
     """The ranks behind the `Learner` port, met and with their models loaded; `probes` prove published weights.
 
-    Restarts take from `budget`; the new ranks have the names and the places of the old ones.
+    Restarts take from `budget`; the new ranks have the names and the places of the old ones. `places` are shared ones.
     """
-    config, gpu = job.learner, cluster.device == "cuda"
+    config = job.learner
     threads = cluster.threads(config.cpus, config.world_size)
-    role = Role("learner", config.world_size, cluster.reserved(threads), 1 if gpu else 0, "PACK")
-    group = await place(role, deadlines.start)
+    role, group = await seat(learner_role(config, cluster), deadlines.start, places)
     environment = {"OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR"}
     actor = ray.remote(LearnerActor)
     names = [f"learner-{rank}" for rank in range(config.world_size)]

@@ -2,8 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -32,6 +33,43 @@ class Role:
     def bundle(self) -> dict[str, float]:
         """Ray's resources of one actor."""
         return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+
+
+SHARES = 10_000
+"""Parts of a GPU that Ray can count."""
+
+
+@dataclass(frozen=True)
+class SharedPlaces:
+    """Places that hold an actor of each of several roles, on the same GPU; each counts for `share` of it."""
+
+    group: PlacementGroup
+    share: float
+
+
+async def place_together(roles: Sequence[Role], deadline: float) -> SharedPlaces:
+    """Reserve places for roles that share devices: number i of each role gets place i. Raises as `place` does."""
+    together = share(roles)
+    group = await place(together, deadline)
+    return SharedPlaces(group, SHARES // max(1, sum(role.gpus > 0 for role in roles)) / SHARES)
+
+
+def share(roles: Sequence[Role]) -> Role:
+    """The roles as one: CPUs are added up, a GPU is there once."""
+    return Role(
+        " + ".join(role.name for role in roles),
+        max(role.count for role in roles),
+        sum(role.cpus for role in roles),
+        max(role.gpus for role in roles),
+        "PACK",
+    )
+
+
+async def seat(role: Role, deadline: float, places: SharedPlaces | None) -> tuple[Role, PlacementGroup]:
+    """Where a role's actors go, and what each of them reserves there: the shared `places`, else some of its own."""
+    if places is None:
+        return role, await place(role, deadline)
+    return replace(role, gpus=places.share if role.gpus else 0), places.group
 
 
 async def place(role: Role, deadline: float) -> PlacementGroup:

@@ -10,18 +10,21 @@ from typing import Any
 import numpy as np
 
 from actors.engine.adapters import Adapter, Adapters, AdapterSpec
-from actors.engine.plugin import NCCL, TRANSPORT, register
+from actors.engine.plugin import IPC, IPC_TRANSPORT, NCCL, TRANSPORT, register
 from actors.engine.sleeping import PARTS, Sleeper
 from rlhf.config.colocate import GPU_SHARE
 from rlhf.errors import EngineLostError
 from rlhf.records import Bucket, Rollout, SampleRequest, VersionSpan
+
+BACKENDS = {NCCL: NCCL, IPC: IPC_TRANSPORT}
+"""vLLM's transfer engine by transport; `TRANSPORT` for the others."""
 
 
 @dataclass(frozen=True)
 class EngineSpec:
     """What an engine serves and how; `arguments` go to vLLM's engine arguments as they are.
 
-    `transport` brings new weights: "object_store", "nccl", or None for an engine that keeps its weights. With
+    `transport` brings new weights: "object_store", "nccl", "ipc", or None for an engine that keeps its weights. With
     `adapters` it brings LoRA adapters, which are served beside weights that stay.
     """
 
@@ -53,6 +56,7 @@ class Engine:
         self._calls = count()
         self._finished = 0
         self._sync_s = spec.sync_s
+        self._transport = spec.transport
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
         self._adapters = Adapters(self._engine, spec.adapters) if spec.adapters else None
         self._sleeper = Sleeper(self._engine, spec.device == "cuda")
@@ -132,7 +136,7 @@ class Engine:
         return tuple(row[token].logprob for row, token in zip(found[1:], token_ids[1:], strict=True))
 
     async def connect(self, address: str, namespace: str, holder: str, expected: dict[str, tuple[int, ...]]) -> None:
-        """Let the engine's workers join the cluster as receivers of weights.
+        """Let the engine's workers join the cluster as receivers of weights, or tell them alone what to expect.
 
         `expected` holds every tensor of a payload. Raises `InputError` for adapters that vLLM cannot serve.
         """
@@ -141,13 +145,9 @@ class Engine:
             return
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        info = {
-            "address": address,
-            "namespace": namespace,
-            "holder": holder,
-            "expected": [(name, list(shape)) for name, shape in expected.items()],
-            "deadline": self._sync_s,
-        }
+        info: dict[str, Any] = {"expected": [(name, list(shape)) for name, shape in expected.items()]}
+        if self._transport != IPC:
+            info |= {"address": address, "namespace": namespace, "holder": holder, "deadline": self._sync_s}
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def stage(self, buckets: Sequence[Bucket], verify: bool) -> None:
@@ -159,10 +159,19 @@ class Engine:
             else:
                 await self._stage(tables, verify)
 
+    async def stage_bucket(self, info: dict[str, Any]) -> None:
+        """Let every worker take a copy of one bucket, as `actors.engine.ipc.staging_info` describes it."""
+        with naming_death():
+            await self._apart(info)
+
     async def _stage(self, tables: list[list[dict[str, Any]]], verify: bool) -> None:
+        await self._apart({"phase": "stage", "verify": verify, "buckets": tables})
+
+    async def _apart(self, info: dict[str, Any]) -> None:
+        """A phase that leaves the model alone, in an update session of its own."""
         await self._engine.start_weight_update()
         try:
-            await self._phase({"phase": "stage", "verify": verify, "buckets": tables})
+            await self._phase(info)
         except Exception:
             # The worker that refused has ended vLLM's update session itself, the others still have to.
             with suppress(Exception):
@@ -203,7 +212,8 @@ class Engine:
 
     async def discard(self) -> None:
         """Forget a staged payload."""
-        await self._phase({"phase": "discard"})
+        with naming_death():
+            await self._apart({"phase": "discard"})
 
     async def resume(self) -> None:
         """Let sampling go on after `load`."""
@@ -260,7 +270,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     if spec.adapters:
         arguments |= spec.adapters.arguments()
     elif spec.transport:
-        arguments["weight_transfer_config"] = {"backend": NCCL if spec.transport == NCCL else TRANSPORT}
+        arguments["weight_transfer_config"] = {"backend": BACKENDS.get(spec.transport, TRANSPORT)}
     if spec.sleeps and spec.device == "cuda":
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": GPU_SHARE}
     return arguments | spec.arguments

@@ -137,6 +137,8 @@ class TrainEngine:
         self._engine, *_ = _deepspeed(device).initialize(model=module, optimizer=optimizer, config=self.config)
         self._frozen = any(not parameter.requires_grad for parameter in module.parameters())
         self.stage = int(self._engine.zero_optimization_stage())
+        self._device = device
+        self._asleep = False
 
     def __call__(self, batch: Any) -> torch.Tensor:
         """The module's forward."""
@@ -212,6 +214,33 @@ class TrainEngine:
         yield
         if self.stage == 3:
             self._engine.optimizer.checkpoint_event_epilogue()
+
+    @property
+    def can_sleep(self) -> bool:
+        """Can DeepSpeed move its states? `rlhf.config.colocate.learner_sleeps` says the same of a config."""
+        return self.stage in (1, 2) and hasattr(self._engine.optimizer, "offload_states")
+
+    def sleep(self) -> None:
+        """Move weights, masters and optimizer state to CPU memory until `wake`.
+
+        What does not compute goes on: exports, checkpoints. Where DeepSpeed cannot move its states they stay.
+        """
+        if not self._asleep and self.can_sleep:
+            self._asleep = True
+            self._engine.offload_states(pin_memory=self._device != "cpu")
+            self._move_frozen("cpu")
+
+    def wake(self) -> None:
+        """Take back what `sleep` moved, bit for bit."""
+        if self._asleep:
+            self._move_frozen(self._device)
+            self._engine.reload_states()
+            self._asleep = False
+
+    def _move_frozen(self, device: str) -> None:
+        for parameter in self._engine.module.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(device)
 
     def save(self, path: Path) -> None:
         """Write weights, masters and optimizer state into `path`, without frozen weights; every rank calls."""

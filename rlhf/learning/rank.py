@@ -155,6 +155,19 @@ class RankLearner:
             rows = batch.per_sequence(self._engine(batch)).tolist()
         return [tuple(row[: len(ids) - 1]) for row, ids in zip(rows, sequences, strict=True)]
 
+    def sleep(self) -> None:
+        """Give the GPU's memory back until `wake`, but for what `TrainEngine.sleep` cannot move; nothing on a CPU.
+
+        What a reference policy holds has to be offloaded anyway (`sharing_gpu`). Exports and saves go on.
+        """
+        if self._device != "cpu":
+            self._engine.sleep()
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        """Take the GPU's memory again."""
+        self._engine.wake()
+
     def export_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole CPU tensors in the policy's dtype under checkpoint names; every rank must go through all of them."""
         return self._parametrisation.export(self._model, self._engine.gather)

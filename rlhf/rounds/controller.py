@@ -24,6 +24,7 @@ from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.ledger import Ledger
 from rlhf.rounds.metrics import RoundClock, round_metrics
 from rlhf.rounds.saving import Saver, commit_trained
+from rlhf.rounds.turns import Turns
 
 Streams = Mapping[str, SealedRound]
 """A round's pairs by stream, its own first."""
@@ -60,6 +61,8 @@ class System:
     checkpoints: CheckpointStore
     evaluator: RoundEvaluator | None
     monitor: Monitor
+    turns: Turns | None = None
+    """Who may use the devices, where they are shared."""
 
 
 async def run_rounds(system: System, config: LoopConfig, finish: Callable[[], Awaitable[None]] | None = None) -> None:
@@ -136,6 +139,7 @@ async def train_rounds(
         clock.lap("sync")
         checkpoint_s = await saver.wait()
         metrics, warnings = round_metrics(system.source, statistics, sealed, synced, clock, checkpoint_s)
+        metrics |= system.turns.metrics() if system.turns else {}
         # Before the checkpoint: a kill in between trains, and logs, the round again.
         system.monitor.log("round", round, metrics)
         for warning in warnings:
