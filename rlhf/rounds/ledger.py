@@ -7,6 +7,7 @@ generator). There is no way back and no way past a state. Whoever dies, the next
 import json
 import os
 import shutil
+from collections import OrderedDict
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from typing import Any
 import xxhash
 
 from rlhf.errors import RLHFError
-from rlhf.files import rename_durable, write_atomic, write_json, writing
+from rlhf.files import rename_durable, write_atomic, writing
 
 MANIFEST, BEFORE = "manifest.json", "manifest.before.json"
+
+KNOWN = 4
+"""Manifests that are kept parsed: those of the rounds under way, and of one before them."""
 
 
 class RoundState(IntEnum):
@@ -34,6 +38,7 @@ class Ledger:
 
     def __init__(self, run_dir: Path):
         self._rounds = run_dir / "rounds"
+        self._known: OrderedDict[int, tuple[bytes, dict[str, Any]]] = OrderedDict()
 
     def folder(self, round: int) -> Path:
         """Folder of a round's files, created if missing."""
@@ -44,14 +49,21 @@ class Ledger:
     def manifest(self, round: int) -> dict[str, Any]:
         """What has been committed for a round; empty for a new one. Raises `RLHFError` if it cannot be read."""
         path = self._rounds / f"{round:04d}" / MANIFEST
-        if not path.exists():
-            return {}
         try:
-            return _parse(path)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RLHFError(
-                f"{path}: the manifest is damaged ({error}); restore it or start over with --fresh"
-            ) from error
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return {}
+        known = self._known.get(round)
+        # A round is looked at ten times: parsing a hundred thousand uids takes much longer than reading them.
+        if known is None or known[0] != data:
+            try:
+                known = data, _parse(data)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise RLHFError(
+                    f"{path}: the manifest is damaged ({error}); restore it or start over with --fresh"
+                ) from error
+            self._remember(round, known)
+        return dict(known[1])
 
     def rounds(self) -> list[int]:
         """Rounds that have a folder, in order."""
@@ -72,7 +84,9 @@ class Ledger:
                 continue
             if _whole(before):
                 write_atomic(path, before.read_bytes())
-                told.append(f"{path}: damaged or gone; goes on from the state before, {_parse(path)['state']}")
+                told.append(
+                    f"{path}: damaged or gone; goes on from the state before, {_parse(path.read_bytes())['state']}"
+                )
             elif round == rounds[-1] and not before.exists():
                 rename_durable(path, path.with_name("manifest.damaged.json"))
                 told.append(f"{path}: damaged; round {round} is planned again")
@@ -109,10 +123,19 @@ class Ledger:
         if current != state - 1:
             raise RLHFError(f"round {round} cannot go from {current.name} to {state.name}")
         # As it will be read, where keys that are numbers have become text.
-        content = json.loads(json.dumps({**manifest, **payload, "round": round, "state": state.name}))
+        payload = json.loads(json.dumps(payload))
+        content = {**manifest, **payload, "round": round, "state": state.name}
         path = self.folder(round) / MANIFEST
         _keep(path)
-        write_json(path, {**content, "check": _check(content)})
+        data = _text({**content, "check": _check(content)}).encode()
+        write_atomic(path, data)
+        self._remember(round, (data, content))
+
+    def _remember(self, round: int, known: tuple[bytes, dict[str, Any]]) -> None:
+        self._known[round] = known
+        self._known.move_to_end(round)
+        if len(self._known) > KNOWN:
+            self._known.popitem(last=False)
 
 
 def _keep(path: Path) -> None:
@@ -128,9 +151,17 @@ def _keep(path: Path) -> None:
             shutil.copyfile(path, before)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _text(manifest: dict[str, Any]) -> str:
+    """A line a key: indented all through, a hundred thousand uids would take ten times as long."""
+    lines = (
+        f" {json.dumps(key)}: {json.dumps(value, sort_keys=True, allow_nan=False)}" for key, value in manifest.items()
+    )
+    return "{\n" + ",\n".join(sorted(lines)) + "\n}\n"
+
+
+def _parse(data: bytes) -> dict[str, Any]:
     """A manifest without its checksum; raises one of several errors if it is not what was written."""
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    manifest: dict[str, Any] = json.loads(data.decode())
     RoundState[manifest["state"]]
     if manifest.pop("check") != _check(manifest):
         raise ValueError("its checksum is another one")
@@ -139,7 +170,7 @@ def _parse(path: Path) -> dict[str, Any]:
 
 def _whole(path: Path) -> bool:
     try:
-        _parse(path)
+        _parse(path.read_bytes())
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
     return True

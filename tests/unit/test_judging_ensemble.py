@@ -26,7 +26,7 @@ from rlhf.judging.sentiment import SentimentJudge
 from rlhf.judging.verdicts import invalid_verdict, make_verdict
 from rlhf.judging.verifier import VerifierJudge
 from rlhf.records import Comparison, Message, Prompt, Rollout, Verdict, VerdictState, VersionSpan
-from rlhf.rounds.pairing import make_pairs
+from rlhf.rounds.pairing import Group, make_pairs
 
 ROOT = Path(__file__).parents[2]
 PROBABILITY = st.floats(0, 1)
@@ -150,7 +150,8 @@ async def test_the_example_ranks_by_probability_and_keeps_its_pairs(monkeypatch:
     best, worst = mean.index(max(mean)), mean.index(min(mean))
     assert (best, worst) == (2, 3)
     rng = np.random.default_rng(0)
-    result = await make_pairs(group, prompt, judge, Pairing(strategy="best_vs_worst", min_margin=0.0), rng, 1)
+    pairing = Pairing(strategy="best_vs_worst", min_margin=0.0)
+    [result] = await make_pairs([Group(prompt, group, rng)], judge, pairing, 1)
     assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [(texts[best], texts[worst])]
     assert result.pairs[0].p_chosen == pytest.approx(p[best, worst], abs=1e-12)
     assert result.counts["kept"] == 1

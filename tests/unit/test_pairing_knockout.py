@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rlhf.config.pairing import Pairing
 from rlhf.judging.verdicts import make_verdict
 from rlhf.records import Comparison, Message, Prompt, Rollout, Verdict, VerdictState, VersionSpan
-from rlhf.rounds.pairing import PairingResult, make_pairs
+from rlhf.rounds.pairing import Group, PairingResult, make_pairs
 
 PROMPT = Prompt("p", (Message(role="user", content="Hi"),), "<user>Hi", (7, 8))
 
@@ -33,7 +33,8 @@ class TableJudge:
 async def play(judge: TableJudge, count: int) -> PairingResult:
     group = [Rollout("p", k, (k + 1,), (-0.5,), f"r{k}", "stop", (VersionSpan(0, 0, 1),)) for k in range(count)]
     config = Pairing(strategy="knockout", min_margin=0.0)
-    return await make_pairs(group, PROMPT, judge, config, np.random.default_rng(0), 1)
+    [result] = await make_pairs([Group(PROMPT, group, np.random.default_rng(0))], judge, config, 1)
+    return result
 
 
 def by_rank(ranks: Sequence[int]) -> TableJudge:

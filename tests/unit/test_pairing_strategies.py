@@ -17,7 +17,7 @@ from rlhf.errors import RLHFError
 from rlhf.judging.sentiment import SentimentJudge
 from rlhf.judging.verdicts import invalid_verdict, make_verdict, sigmoid
 from rlhf.records import Comparison, Message, Prompt, Rollout, Verdict, VersionSpan
-from rlhf.rounds.pairing import DRAWING, STRATEGIES, PairingResult, make_pairs
+from rlhf.rounds.pairing import DRAWING, STRATEGIES, Group, PairingResult, make_pairs
 
 PROMPT = Prompt("p", (Message(role="user", content="Hi"),), "<user>Hi", (7, 8))
 
@@ -53,7 +53,9 @@ async def pairs_of(
     **kw: int,
 ) -> PairingResult:
     config = Pairing(strategy=strategy, min_margin=margin)
-    return await make_pairs(rollouts, PROMPT, judge, config, np.random.default_rng(seed), 5, **kw)  # type: ignore[arg-type]
+    group = Group(PROMPT, rollouts, np.random.default_rng(seed))
+    [result] = await make_pairs([group], judge, config, 5, **kw)  # type: ignore[arg-type]
+    return result
 
 
 def by_strength(**strength: float) -> TableJudge:
@@ -155,8 +157,8 @@ async def test_one_verdict_without_scores_is_enough_for_a_round_robin() -> None:
 async def test_the_judge_is_given_the_reference_answer(strategy: str) -> None:
     judge = by_strength(x=0.0, y=1.0, z=3.0)
     prompt = replace(PROMPT, reference="42")
-    config = Pairing(strategy=strategy)  # type: ignore[arg-type]
-    await make_pairs(group("x", "y", "z"), prompt, judge, config, np.random.default_rng(0), 1)
+    config = Pairing(strategy=strategy)
+    await make_pairs([Group(prompt, group("x", "y", "z"), np.random.default_rng(0))], judge, config, 1)
     assert {c.reference for batch in judge.batches for c in batch} == {"42"}
 
 
@@ -364,5 +366,26 @@ async def test_strategies_that_draw_are_known(strategy: str) -> None:
     before = rng.bit_generator.state
     config = Pairing(strategy=strategy, min_margin=0.1)
     judge = by_strength(a=1, b=2, c=3, d=4)
-    await make_pairs(group("a", "b", "c", "d"), PROMPT, judge, config, rng, 5)
+    await make_pairs([Group(PROMPT, group("a", "b", "c", "d"), rng)], judge, config, 5)
     assert (rng.bit_generator.state != before) == (strategy in DRAWING)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+async def test_groups_judged_together_come_out_as_those_judged_alone(strategy: str) -> None:
+    """Groups of other sizes, one that ties with itself and one that is incomplete: their calls differ in number."""
+    texts = [("a", "b", "c", "d"), ("b", "a", "c"), ("a", "a", "a"), ("c", "d"), ("d",)]
+    prompts = [replace(PROMPT, uid=f"p{n}") for n in range(len(texts))]
+    rollouts = [[rollout(k, t, uid=f"p{n}") for k, t in enumerate(words)] for n, words in enumerate(texts)]
+    config = Pairing(strategy=strategy, min_margin=0.1)
+
+    def groups() -> list[Group]:
+        return [Group(p, r, np.random.default_rng(n)) for n, (p, r) in enumerate(zip(prompts, rollouts, strict=True))]
+
+    together, alone = (by_strength(a=1, b=2, c=3, d=4) for _ in range(2))
+    found = await make_pairs(groups(), together, config, 5)
+    singly = [result for each in groups() for result in await make_pairs([each], alone, config, 5)]
+    assert found == singly
+    assert [len(result.pairs) > 0 for result in found] == [True, True, False, True, False]
+    # As many calls as the group that asks most often.
+    calls = [[c.uid for c in batch] for batch in alone.batches]
+    assert len(together.batches) == max(sum(f"p{n}" in call for call in calls) for n in range(len(texts)))

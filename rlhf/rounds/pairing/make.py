@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
 from rlhf.config.pairing import Pairing
 from rlhf.judging.verdicts import check_complete
 from rlhf.ports import Judge
-from rlhf.records import Pair, Prompt, Rollout, Verdict, VerdictState
+from rlhf.records import Comparison, Pair, Prompt, Rollout, Verdict, VerdictState
 from rlhf.rounds.pairing.all_pairs import all_pairs
 from rlhf.rounds.pairing.best_vs_worst import best_vs_worst
 from rlhf.rounds.pairing.knockout import knockout
@@ -26,6 +27,11 @@ STRATEGIES: dict[str, Strategy] = {
 DRAWING = frozenset({"random"})
 """Strategies that draw from their generator; all others leave it as it is."""
 
+Outcome = tuple[list[Candidate], list[Verdict]]
+"""What a strategy proposes in the end, and every verdict that it was sent."""
+
+_number = attrgetter("k")
+
 
 @dataclass(frozen=True, slots=True)
 class PairingResult:
@@ -40,50 +46,88 @@ class PairingResult:
     counts: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The responses to a prompt, in any order, and what its strategy draws from."""
+
+    prompt: Prompt
+    rollouts: Sequence[Rollout]
+    rng: np.random.Generator
+
+
 async def make_pairs(
-    group: Sequence[Rollout],
-    prompt: Prompt,
-    judge: Judge,
-    config: Pairing,
-    rng: np.random.Generator,
-    round: int,
-    samples: int | None = None,
-) -> PairingResult:
-    """Judge and pair the responses of one prompt, in order of k whatever order they came in.
+    groups: Sequence[Group], judge: Judge, config: Pairing, round: int, samples: int | None = None
+) -> list[PairingResult]:
+    """Judge and pair the responses of each prompt, in order of k; what all ask next is one call of the judge.
 
     `samples` is K: a group with fewer responses, or fewer than two with tokens, gives no pair (METHODS §2).
     Raises `RLHFError` if the judge does not return one verdict a comparison.
     """
-    if any(rollout.uid != prompt.uid for rollout in group):
-        raise ValueError(f"responses of other prompts in the group of prompt {prompt.uid}")
-    usable = sorted((rollout for rollout in group if rollout.token_ids), key=lambda rollout: rollout.k)
-    counts = {"kept": 0, "dropped_tie": 0, "dropped_invalid": 0, "incomplete": 0}
-    counts["empty_responses"] = len(group) - len(usable)
-    if len(usable) < 2 or (samples is not None and len(group) < samples):
-        counts["incomplete"] = 1
+    strategy = STRATEGIES[config.strategy]
+    usables = [_usable(group) for group in groups]
+    playing = [
+        number
+        for number, usable in enumerate(usables)
+        if len(usable) >= 2 and (samples is None or len(groups[number].rollouts) >= samples)
+    ]
+    played = await _play([strategy(usables[n], groups[n].prompt, groups[n].rng) for n in playing], judge)
+    outcomes = dict(zip(playing, played, strict=True))
+    return [
+        _result(group, usables[number], outcomes.get(number), config.min_margin, round)
+        for number, group in enumerate(groups)
+    ]
+
+
+def _usable(group: Group) -> list[Rollout]:
+    """The responses that have tokens, in order of k."""
+    uid = group.prompt.uid
+    if any(rollout.uid != uid for rollout in group.rollouts):
+        raise ValueError(f"responses of other prompts in the group of prompt {uid}")
+    return sorted((rollout for rollout in group.rollouts if rollout.token_ids), key=_number)
+
+
+def _result(
+    group: Group, usable: Sequence[Rollout], outcome: Outcome | None, min_margin: float, round: int
+) -> PairingResult:
+    """What became of a group; `outcome` is None where it could not be paired."""
+    counts = {"kept": 0, "dropped_tie": 0, "dropped_invalid": 0, "incomplete": int(outcome is None)}
+    counts["empty_responses"] = len(group.rollouts) - len(usable)
+    if outcome is None:
         return PairingResult((), (), counts)
-    candidates, verdicts = await _drive(STRATEGIES[config.strategy](usable, prompt, rng), judge)
     pairs = []
+    candidates, verdicts = outcome
     for candidate in candidates:
-        fate = _fate(candidate, config.min_margin)
+        fate = _fate(candidate, min_margin)
         counts[fate] += 1
         if fate == "kept":
-            pairs.append(_pair(candidate, usable, prompt, round))
+            pairs.append(_pair(candidate, usable, group.prompt, round))
     return PairingResult(tuple(pairs), tuple(verdicts), counts)
 
 
-async def _drive(steps: Steps, judge: Judge) -> tuple[list[Candidate], list[Verdict]]:
-    """Run a strategy to its end; each batch it yields is one call of the judge."""
-    seen: list[Verdict] = []
-    try:
-        comparisons = next(steps)
-        while True:
-            verdicts = await judge.compare(comparisons)
-            check_complete(comparisons, verdicts)
-            seen += verdicts
-            comparisons = steps.send(verdicts)
-    except StopIteration as stop:
-        return stop.value, seen
+async def _play(strategies: Sequence[Steps], judge: Judge) -> list[Outcome]:
+    """Run strategies side by side to their ends; what they ask at the same time is one call of the judge."""
+    seen: list[list[Verdict]] = [[] for _ in strategies]
+    ends: list[list[Candidate]] = [[] for _ in strategies]
+    asking: list[tuple[int, list[Comparison]]] = []
+    for number, steps in enumerate(strategies):
+        try:
+            asking.append((number, next(steps)))
+        except StopIteration as stop:
+            ends[number] = stop.value
+    while asking:
+        comparisons = [comparison for _, asked in asking for comparison in asked]
+        verdicts = await judge.compare(comparisons)
+        check_complete(comparisons, verdicts)
+        answered, asking, start = asking, [], 0
+        for number, asked in answered:
+            answer = verdicts[start : start + len(asked)]
+            start += len(asked)
+            seen[number] += answer
+            try:
+                asking.append((number, strategies[number].send(answer)))
+            except StopIteration as stop:
+                ends[number] = stop.value
+    return list(zip(ends, seen, strict=True))
 
 
 def _fate(candidate: Candidate, min_margin: float) -> str:
