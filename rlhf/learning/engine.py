@@ -15,6 +15,7 @@ from rlhf.config.learner import Learner, Optimizer
 from rlhf.errors import DeadlineError, RLHFError
 from rlhf.learning.compile import compile_layers
 from rlhf.learning.parametrisation import Mask
+from rlhf.learning.reshard import Piece, fill, optimizer_pieces, optimizer_shards, read_shards, weight_pieces
 
 TAG = "learner"
 BUCKET = 50_000_000
@@ -136,9 +137,11 @@ class TrainEngine:
         optimizer = build_optimizer(parameters, learner.optimizer, masked)
         self._engine, *_ = _deepspeed(device).initialize(model=module, optimizer=optimizer, config=self.config)
         self._frozen = any(not parameter.requires_grad for parameter in module.parameters())
+        self._parameters = list(parameters)
+        self._offload = learner.offload.model_dump()
         self.stage = int(self._engine.zero_optimization_stage())
         self._device = device
-        self._asleep = False
+        self._asleep: dict[str, Any] | None = None
 
     def __call__(self, batch: Any) -> torch.Tensor:
         """The module's forward."""
@@ -223,19 +226,20 @@ class TrainEngine:
     def sleep(self) -> None:
         """Move weights, masters and optimizer state to CPU memory until `wake`.
 
-        What does not compute goes on: exports, checkpoints. Where DeepSpeed cannot move its states they stay.
+        What does not compute goes on: exports, checkpoints, `layout`. Where DeepSpeed cannot move its states they stay.
         """
-        if not self._asleep and self.can_sleep:
-            self._asleep = True
+        if self._asleep is None and self.can_sleep:
+            # DeepSpeed forgets where parameters lie in the masters until they are back.
+            self._asleep = self.layout()
             self._engine.offload_states(pin_memory=self._device != "cpu")
             self._move_frozen("cpu")
 
     def wake(self) -> None:
         """Take back what `sleep` moved, bit for bit."""
-        if self._asleep:
+        if self._asleep is not None:
             self._move_frozen(self._device)
             self._engine.reload_states()
-            self._asleep = False
+            self._asleep = None
 
     def _move_frozen(self, device: str) -> None:
         for parameter in self._engine.module.parameters():
@@ -254,6 +258,38 @@ class TrainEngine:
         loaded, _ = self._engine.load_checkpoint(str(path), tag=TAG, load_module_strict=not self._frozen)
         if loaded is None:
             raise RLHFError(f"{path}: no learner checkpoint to load")
+
+    def layout(self) -> dict[str, Any]:
+        """How this rank holds its share, in plain values: the ranks, the ZeRO stage, and where each parameter lies.
+
+        `optimizer` and `weights` are pieces (see `reshard.Piece`) of masters and moments, and of the `shard`s.
+        """
+        if self._asleep is not None:
+            return self._asleep
+        rank = dist.get_rank()
+        return {
+            "world_size": dist.get_world_size(),
+            "zero_stage": self.stage,
+            "offload": self._offload,
+            "optimizer": [tuple(piece) for piece in optimizer_pieces(self._engine.optimizer, self._parameters, rank)],
+            "weights": [tuple(piece) for piece in weight_pieces(self._parameters, rank)],
+        }
+
+    def load_from(self, path: Path, stage: int, pieces: Sequence[Sequence[Piece]]) -> None:
+        """Restore what `save` wrote with another number of ranks or ZeRO stage, bit for bit; every rank calls.
+
+        `stage` and `pieces` are of the ranks that saved. Raises `RLHFError` where that cannot be done.
+        """
+        optimizer: Any = self._engine.optimizer
+        with self.writing_shards():
+            own = optimizer_shards(optimizer, self._parameters, dist.get_rank())
+            fill(own, read_shards(path / TAG, stage, pieces))
+            # The weights that the forward pass takes come of the masters, as after each step.
+            if self.stage == 3:
+                for group in range(len(optimizer.fp16_groups)):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            elif self.stage:
+                optimizer.update_lp_params()
 
 
 def frozen_engine(module: nn.Module, learner: Learner, dtype: torch.dtype, device: str) -> Callable[[Any], Any]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf.errors import RLHFError
+from rlhf.files import writing
 from rlhf.learning.batch import causal_batch
 from rlhf.learning.beta import build_beta
 from rlhf.learning.compile import compile_layers
@@ -32,6 +33,7 @@ from rlhf.learning.reference import (
     policy_reference,
     score_pairs,
 )
+from rlhf.learning.reshard import as_pieces, fill_named
 from rlhf.learning.rng import restore_rng, rng_state, seed_all
 from rlhf.learning.schedule import fraction_done, learning_rate
 from rlhf.learning.setup import Setup
@@ -39,6 +41,7 @@ from rlhf.learning.steps import Grouping, Mismatch, StepRunner
 from rlhf.learning.streams import Streams
 from rlhf.learning.subset import Subset
 from rlhf.records import Pair, SealedRound, StepReport
+from rlhf.seeds import derive_seed
 
 
 class RankLearner:
@@ -188,49 +191,72 @@ class RankLearner:
             from transformers import AutoTokenizer
 
             policy = self._config.policy
-            path.mkdir(parents=True, exist_ok=True)
-            self._model.save_pretrained(path, state_dict=tensors)
             tokenizer: Any = AutoTokenizer.from_pretrained(policy.path, trust_remote_code=policy.trust_remote_code)
-            tokenizer.save_pretrained(path)
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+                self._model.save_pretrained(path, state_dict=tensors)
+                tokenizer.save_pretrained(path)
         dist.barrier()
 
     def save(self, path: Path) -> None:
-        """Write this rank's part of a checkpoint into `path`; whole only once every rank has returned."""
+        """Write this rank's part of a checkpoint into `path`; whole only once every rank has returned.
+
+        Raises `StorageError` where there is no room for it.
+        """
+        with writing(path):
+            self._save(path)
+        dist.barrier()
+
+    def _save(self, path: Path) -> None:
         self._engine.save(path)
         state = {
             "rounds_done": self.rounds_done,
             "step": self._step,
             "skipped": self._steps.skipped,
+            "skipped_in_a_row": self._steps.skipped_in_a_row,
             "beta": self._beta.state_dict(),
             "reward_shift": self._steps.shift.state_dict(),
             "rng": rng_state(),
-            "world_size": self._world_size,
+            "layout": self._engine.layout(),
         }
         torch.save(state, path / f"rank-{self._rank:05d}.pt")
         if self._reference_owner == self._rank and (reference := self.reference.state_dict()):
             torch.save(reference, path / f"reference-{self._rank:05d}.pt")
-        dist.barrier()
 
     def load(self, path: Path) -> None:
-        """Restore what `save` wrote. Raises `RLHFError` for a checkpoint of another number of ranks."""
-        file = path / f"rank-{self._rank:05d}.pt"
-        if not file.is_file():
-            raise RLHFError(f"{path}: no state of learner rank {self._rank}; was it saved by fewer ranks?")
-        state = torch.load(file, weights_only=True)
-        if state["world_size"] != self._world_size:
-            raise RLHFError(
-                f"{path}: saved by {state['world_size']} ranks, this run has learner.world_size {self._world_size}"
-            )
-        self._engine.load(path)
-        if self.reference.state_dict():
-            file = path / f"reference-{self._reference_owner:05d}.pt"
-            self.reference.load_state_dict(torch.load(file, weights_only=True, map_location="cpu"))
+        """Restore what `save` wrote, bit for bit, by whatever number of ranks and under whatever ZeRO stage.
+
+        Random generators go on for as many ranks; for another number each is seeded from (seed, rank, rounds trained).
+        Raises `RLHFError` for a checkpoint that is not whole, or not of this model.
+        """
+        state = _read_rank(path, 0)
+        layout, own = state["layout"], self._engine.layout()
+        if all(layout[key] == own[key] for key in ("world_size", "zero_stage", "offload")):
+            self._engine.load(path)
+            if self.reference.state_dict():
+                self.reference.load_state_dict(_read_reference(path, self._reference_owner))
+        else:
+            self._load_resharded(path, layout["zero_stage"], layout["world_size"], own["weights"])
         self.rounds_done = state["rounds_done"]
         self._step = state["step"]
         self._steps.skipped = state["skipped"]
+        self._steps.skipped_in_a_row = state["skipped_in_a_row"]
         self._beta.load_state_dict(state["beta"])
         self._steps.shift.load_state_dict(state["reward_shift"])
-        restore_rng(state["rng"])
+        if layout["world_size"] == self._world_size:
+            restore_rng(_read_rank(path, self._rank)["rng"])
+        else:
+            seed_all(derive_seed(self._config.seed, "rank", self._rank, self.rounds_done) % 2**32)
+
+    def _load_resharded(self, path: Path, stage: int, world_size: int, weights: Sequence[Sequence[Any]]) -> None:
+        """What the ranks share, of `world_size` ranks under ZeRO `stage`; `weights` is this rank's own layout."""
+        layouts = [_read_rank(path, rank)["layout"] for rank in range(world_size)]
+        self._engine.load_from(path, stage, [as_pieces(layout["optimizer"]) for layout in layouts])
+        owners = range(world_size) if stage == 3 else (0,)
+        # What `state_dict` gives are the tensors themselves, which are written to in place.
+        for key, tensors in self.reference.state_dict().items():
+            saved = [(_read_reference(path, rank)[key], as_pieces(layouts[rank]["weights"])) for rank in owners]
+            fill_named(tensors, as_pieces(weights), saved)
 
     @property
     def _reference_owner(self) -> int:
@@ -290,3 +316,16 @@ class RankLearner:
             result["perf/learner_tokens_per_s"] = tokens / seconds
             result["perf/mfu"] = passes * self._flops.forward(pairs) / seconds / self._peak
         return result
+
+
+def _read_rank(path: Path, rank: int) -> dict[str, Any]:
+    file = path / f"rank-{rank:05d}.pt"
+    if not file.is_file():
+        raise RLHFError(f"{path}: no state of learner rank {rank}; the checkpoint is not whole")
+    state: dict[str, Any] = torch.load(file, weights_only=True)
+    return state
+
+
+def _read_reference(path: Path, owner: int) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(path / f"reference-{owner:05d}.pt", weights_only=True, map_location="cpu")
+    return state

@@ -16,6 +16,10 @@ from torch import nn
 
 from rlhf.errors import RLHFError
 
+_GROUPS = ("bf16_groups", "bit16_groups", "fp16_groups")
+_FLAT = ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+"""DeepSpeed's names of parameters and of flat masters: ZeRO 1 in bf16, ZeRO 1 and 2, ZeRO 3; each has one of both."""
+
 State = MutableMapping[str, Any]
 """What an optimizer keeps beside one tensor: `exp_avg` and `exp_avg_sq` of its shape, `step` a number."""
 
@@ -77,14 +81,15 @@ def fill(own: Shards, saved: Sequence[Shards]) -> None:
 
 
 def optimizer_pieces(optimizer: Any, parameters: Sequence[tuple[str, nn.Parameter]], rank: int) -> list[Piece]:
-    """Where a rank's optimizer holds what: torch's own without ZeRO, else DeepSpeed's around it."""
+    """Where a rank's optimizer holds what: torch's own without ZeRO, else one of DeepSpeed's around it."""
     names = {id(parameter): name for name, parameter in parameters}
+    groups = _groups(optimizer)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return list(_zero3(optimizer, names, rank))
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return list(_zero12(optimizer, names))
-    whole = _without_zero(optimizer)
-    return [Piece(names[id(p)], 0, p.numel(), number, 0) for number, p in enumerate(whole)]
+        return list(_zero3(groups, names, rank))
+    if hasattr(optimizer, "optimizer"):
+        return list(_zero12(groups, names))
+    whole = enumerate(parameter for group in groups for parameter in group)
+    return [Piece(names[id(p)], 0, p.numel(), number, 0) for number, p in whole]
 
 
 def optimizer_shards(optimizer: Any, parameters: Sequence[tuple[str, nn.Parameter]], rank: int) -> Shards:
@@ -94,14 +99,10 @@ def optimizer_shards(optimizer: Any, parameters: Sequence[tuple[str, nn.Paramete
             "learner.deepspeed: the optimizer's state lies on NVMe, so a checkpoint can only be loaded with the "
             "learner.world_size, learner.zero_stage and learner.offload that saved it; change these back"
         )
-    inner = getattr(optimizer, "optimizer", optimizer)
-    tensors = (
-        getattr(optimizer, "fp32_partitioned_groups_flat", None)
-        or getattr(optimizer, "single_partition_of_fp32_groups", None)
-        or _without_zero(optimizer)
-    )
-    pieces = optimizer_pieces(optimizer, parameters, rank)
-    return Shards(tensors, pieces, [inner.state[tensor] for tensor in tensors])
+    flat = [getattr(optimizer, name) for name in _FLAT if hasattr(optimizer, name)]
+    tensors = flat[0] if flat else [parameter for group in _groups(optimizer) for parameter in group]
+    state = getattr(optimizer, "optimizer", optimizer).state
+    return Shards(tensors, optimizer_pieces(optimizer, parameters, rank), [state[tensor] for tensor in tensors])
 
 
 def weight_pieces(parameters: Sequence[tuple[str, nn.Parameter]], rank: int) -> list[Piece]:
@@ -167,23 +168,27 @@ def _part(tensors: Sequence[torch.Tensor], place: tuple[int, int, int]) -> torch
     return tensors[number].detach().view(-1).narrow(0, offset, count)
 
 
-def _without_zero(optimizer: Any) -> list[torch.Tensor]:
-    """The parameters in the order of the optimizer's state."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def _groups(optimizer: Any) -> list[list[nn.Parameter]]:
+    """The parameters group by group, in the order of the flat tensors and of the optimizer's state."""
+    for name in _GROUPS:
+        if hasattr(optimizer, name):
+            groups: list[list[nn.Parameter]] = getattr(optimizer, name)
+            return groups
+    return [group["params"] for group in optimizer.param_groups]
 
 
-def _zero12(optimizer: Any, names: Mapping[int, str]) -> Iterator[Piece]:
+def _zero12(groups: Sequence[Sequence[Any]], names: Mapping[int, str]) -> Iterator[Piece]:
     """ZeRO 1 and 2: a group's parameters end to end, cut into equal partitions wherever that falls."""
-    for number, group in enumerate(optimizer.bit16_groups):
+    for number, group in enumerate(groups):
         for parameter in group:
             if (mapping := parameter._hp_mapping) is not None:
                 ours, flat = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
                 yield Piece(names[id(parameter)], ours.start, ours.numel, number, flat.start)
 
 
-def _zero3(optimizer: Any, names: Mapping[int, str], rank: int) -> Iterator[Piece]:
+def _zero3(groups: Sequence[Sequence[Any]], names: Mapping[int, str], rank: int) -> Iterator[Piece]:
     """ZeRO 3: each parameter cut into equal partitions, this rank's of a group end to end."""
-    for number, group in enumerate(optimizer.fp16_groups):
+    for number, group in enumerate(groups):
         offset = 0
         for parameter in group:
             yield _partition(names[id(parameter)], parameter, rank, number, offset)
