@@ -100,7 +100,8 @@ class IpcPlane(Plane):
             self._outcome(target, handle.load_ipc.remote(manifest, self._verify, self._tolerance), end, what)
             for target, handle in staged.items()
         ]
-        return failed | dict(zip(staged, await asyncio.gather(*calls), strict=True))
+        outcomes = failed | dict(zip(staged, await asyncio.gather(*calls), strict=True))
+        return {target: outcomes[target] for target in targets}
 
     async def _stage(self, manifest: WeightManifest, handles: Mapping[str, Any], end: float) -> Outcomes:
         """Bring all buckets to all engines; returns the errors of those that did not take theirs."""
