@@ -232,6 +232,7 @@ class LearnerGroup:
 
     async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """Yield the round's step reports as they are made."""
+        self._ranks.check()
         given = dict(others)
         methods = [handle.train.options(num_returns="streaming") for handle in self._ranks.handles]
         reports: asyncio.Queue[StepReport | None] = asyncio.Queue()
@@ -285,6 +286,7 @@ class LearnerGroup:
         await self._ranks.all("wake", self._deadlines.checkpoint, "waking")
 
     async def _first(self, method: str, deadline: float, what: str) -> Any:
+        self._ranks.check()
         call = getattr(self._ranks.handles[0], method).remote()
         return (await self._ranks.together([call], deadline, what))[0]
 

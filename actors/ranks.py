@@ -29,9 +29,14 @@ class Ranks:
         """Why they are lost; empty while they are not."""
         self._waiting: set[asyncio.Future[None]] = set()
 
+    def check(self) -> None:
+        """Raise `LearnerLostError` if they are lost."""
+        if self.loss:
+            raise LearnerLostError(f"learner: {self.loss}")
+
     async def all(self, method: str, deadline: float, what: str, *arguments: Any) -> list[Any]:
         """Call a method of every rank; see `together`."""
-        self._check()
+        self.check()
         calls = [getattr(handle, method).remote(*arguments) for handle in self.handles]
         return await self.together(calls, deadline, what)
 
@@ -42,9 +47,10 @@ class Ranks:
         have passed, and with every other call that learns of it. What a rank raises itself comes out as `unwrap`
         gives it.
         """
-        self._check()
         told = asyncio.get_running_loop().create_future()
         self._waiting.add(told)
+        if self.loss:
+            told.set_result(None)
         tasks = [asyncio.ensure_future(call) for call in calls]
         work = asyncio.create_task(_results(tasks))
         try:
@@ -72,10 +78,6 @@ class Ranks:
                 if ping in ended and (error := ping.exception()):
                     self._died(rank, error, "")
         return bool(self.loss)
-
-    def _check(self) -> None:
-        if self.loss:
-            raise LearnerLostError(f"learner: {self.loss}")
 
     async def _explain(self, error: BaseException, tasks: "Sequence[asyncio.Future[T]]", what: str) -> None:
         """Raise what a failed call means if that is another error: the loss of the ranks, or what a rank raised."""

@@ -1,6 +1,7 @@
 """The learner group over in-process ranks that die, hang and fail: what ends a call, and what a restart does."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -222,9 +223,22 @@ async def test_a_call_past_its_deadline_is_a_hang_and_takes_the_others_with_it()
     with pytest.raises(LearnerLostError):
         await saving
     setup.ranks[0].called.clear()
-    with pytest.raises(LearnerLostError, match="a rank hangs"):
-        await setup.group.manifest(1)
+    for call in (setup.group.manifest(1), setup.group.statistics(), setup.train()):
+        with pytest.raises(LearnerLostError, match="a rank hangs"):
+            await call
     assert setup.ranks[0].called == [], "a lost rank was called"
+
+
+@pytest.mark.filterwarnings("error")
+async def test_a_call_that_is_made_while_the_ranks_are_lost_is_not_waited_for() -> None:
+    setup = Setup(forever, forever)
+    training = asyncio.create_task(setup.train())
+    # The calls are made, and nothing has waited for them yet.
+    await asyncio.sleep(0)
+    setup.group._ranks._lose("rank 1 died")
+    with pytest.raises(LearnerLostError, match="rank 1 died"):
+        await training
+    gc.collect()
 
 
 async def test_a_restart_makes_new_ranks_out_of_the_budget() -> None:
