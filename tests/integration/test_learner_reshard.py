@@ -97,6 +97,7 @@ def run_phase(folder, phase, rank, world_size, port):
             learner = build(settings)
             result["initial"] = dict(learner.export_tensors())
             learner.train(make_round(1, 9))
+            learner._steps.skipped, learner._steps.skipped_in_a_row = 5, 2  # as after two steps that were not taken
             learner.save(folder / name)
             result |= state(learner) | {"after": go_on(learner)}
         elif phase == "load":
@@ -136,7 +137,8 @@ def state(learner):
         "adam_steps": sorted({float(own["step"]) for own in inner.state.values() if own}),
         "weights": dict(learner.export_tensors()),
         "average": {name: value.flatten().clone() for name, value in learner.reference.state_dict()["average"].items()},
-        "numbers": (learner.rounds_done, learner._step, learner._steps.skipped, learner._beta.seen),
+        "numbers": (learner.rounds_done, learner._step, learner._beta.seen),
+        "skipped": (learner._steps.skipped, learner._steps.skipped_in_a_row),
         "scores": learner.reference.score(make_round(2, 5).pairs),
         "drawn": torch.rand(3),
     }
@@ -177,7 +179,7 @@ def average(ranks, masters):
 def check_equal(found, saved, half):
     """Both are lists of what the ranks have; `half` says that the weights are in bf16."""
     ours, theirs = found[0], saved[0]
-    for key in ("masters", "weights", "adam_steps", "numbers"):
+    for key in ("masters", "weights", "adam_steps", "numbers", "skipped"):
         assert same(ours[key], theirs[key]), key
     assert same(average(found, ours["masters"]), average(saved, theirs["masters"]))
     # The ranks share the pairs out in other micro-batches, whose sums differ in their last bits.
