@@ -11,12 +11,16 @@ import ray
 from actors.calls import first_line, unwrap
 from rlhf.errors import EngineLostError
 from rlhf.records import Rollout, SampleRequest
-from rlhf.wire import PackedRequests
+from rlhf.wire import PackedRequests, Responses
 
 CHUNK = 4
-"""Prompts a stream takes at the end: few, so that the slowest replica does not end the round late."""
+"""Prompts a stream takes at least: few, so that the slowest replica does not end the round late."""
 
-LARGEST_CHUNK = 64
+PARTS = 16
+"""A stream takes at least its even share of the round cut in so many: in a large round calls cost more than waiting
+for the last of them."""
+
+LARGEST_CHUNK = 256
 """Prompts a stream takes at most."""
 
 
@@ -97,15 +101,19 @@ class Dispatch:
         self._waiting = deque(Share.whole(request) for request in requests)
         largest = max((len(request.seeds) for request in requests), default=1)
         self._streams = max(1, -(-sequences // (CHUNK * largest)) + 1)
+        self._prompts = len(self._waiting)
         self._closed = False
         self._running: dict[str, set[asyncio.Task[None]]] = {}
+        self._at_work = 0
+        self._least = CHUNK
         self.expected = sum(len(request.seeds) for request in requests)
         self.results: asyncio.Queue[list[Rollout] | BaseException] = asyncio.Queue()
 
     def start(self) -> None:
         """Begin streams: every member before any gets a second one, and no stream without a chunk."""
-        chunks = -(-len(self._waiting) // CHUNK)
         members = self._fleet.taking()
+        chunks = -(-len(self._waiting) // CHUNK)
+        self._least = least_chunk(self._prompts, min(chunks, self._streams * len(members)))
         for member in [member for _ in range(self._streams) for member in members][:chunks]:
             self._spawn(member)
 
@@ -129,7 +137,13 @@ class Dispatch:
         tasks = self._running.setdefault(member, set())
         task = asyncio.create_task(self._work(member))
         tasks.add(task)
-        task.add_done_callback(tasks.discard)
+        self._at_work += 1
+
+        def ended(task: "asyncio.Task[None]") -> None:
+            tasks.discard(task)
+            self._at_work -= 1
+
+        task.add_done_callback(ended)
 
     async def _work(self, member: str) -> None:
         """Take chunks until none is left or the member takes no more; an unexpected error goes to the reader."""
@@ -145,11 +159,15 @@ class Dispatch:
         handle = self._fleet.begin(member)
         lost = ""
         try:
+            missing = sum(len(share.missing) for share in chunk)
             sent = PackedRequests(share.sent() for share in chunk)
             async for reference in handle.sample.options(num_returns="streaming").remote(sent, self._sampling):
-                self._accept(shares, await reference)
+                missing -= self._accept(shares, await reference)
                 self._fleet.heard(member, handle)
-            if any(share.missing for share in chunk):
+                if not missing:
+                    # The stream's end says nothing new, and costs as much as a response.
+                    break
+            if missing:
                 lost = "ended its stream before all responses were there"
         except ray.exceptions.RayTaskError as error:
             cause = unwrap(error)
@@ -167,10 +185,13 @@ class Dispatch:
                 self._fleet.lost(member, lost, handle)
             self._put_back(chunk)
 
-    def _accept(self, shares: dict[str, Share], rollouts: Iterable[Rollout]) -> None:
+    def _accept(self, shares: dict[str, Share], given: Responses | Iterable[Rollout]) -> int:
+        """Give what is new to the reader; returns how many."""
+        rollouts = given.rollouts() if isinstance(given, Responses) else given
         taken = [shares[rollout.uid].take(rollout) for rollout in rollouts]
         if fresh := [rollout for rollout in taken if rollout is not None]:
             self.results.put_nowait(fresh)
+        return len(fresh)
 
     def _put_back(self, chunk: Sequence[Share]) -> None:
         rest = [share.rest() for share in chunk if share.missing]
@@ -180,14 +201,18 @@ class Dispatch:
                 self.join(member)
 
     def _chunk(self) -> Iterator[Share]:
-        streams = sum(len(tasks) for tasks in self._running.values())
-        for _ in range(chunk_size(len(self._waiting), streams)):
+        for _ in range(chunk_size(len(self._waiting), self._at_work, self._least)):
             yield self._waiting.popleft()
 
 
-def chunk_size(waiting: int, streams: int) -> int:
-    """Prompts that one of `streams` takes next: an eighth of its share, so that large rounds need fewer calls.
+def least_chunk(prompts: int, streams: int) -> int:
+    """The smallest chunk of a round of `prompts` for `streams`, but for its last."""
+    return max(CHUNK, prompts // (PARTS * max(1, streams)))
 
-    Shares shrink as the round goes on (guided self-scheduling, Polychronopoulos and Kuck 1987) down to `CHUNK`.
+
+def chunk_size(waiting: int, streams: int, least: int = CHUNK) -> int:
+    """Prompts that one of `streams` takes next: half its share of those that wait, so that large rounds need few calls.
+
+    Shares shrink as the round goes on (guided self-scheduling, Polychronopoulos and Kuck 1987) down to `least`.
     """
-    return min(waiting, max(CHUNK, min(LARGEST_CHUNK, waiting // (8 * streams))))
+    return min(waiting, max(least, min(LARGEST_CHUNK, waiting // (2 * streams))))

@@ -40,6 +40,8 @@ class _Member:
     health: Health
     streams: int = 0
     tokens: int | None = None
+    proof: int | None = None
+    """The version that the process has proved in its answer to an update, until it is admitted with it."""
 
 
 class GeneratorFleet:
@@ -104,17 +106,19 @@ class GeneratorFleet:
         return {"fleet/members": float(serving), "fleet/restarts": float(restarts)}
 
     async def admit(self, member: str, version: int) -> None:
-        """Let a member serve; it is asked which version it has proved, since only the engine can know.
+        """Let a member serve a version that it has proved, which only the engine can know: it is asked, unless its
+        answer to an update has just said so.
 
         One that has died meanwhile is started again instead.
         """
         found = self._members[member]
-        handle = found.handle
-        try:
-            proved = await within(handle.version.remote(), ADMIT_S, f"{member}: version")
-        except (ActorDiedError, NoAnswerError) as error:
-            self.lost(member, str(error), handle)
-            return
+        handle, proved, found.proof = found.handle, found.proof, None
+        if proved != version:
+            try:
+                proved = await within(handle.version.remote(), ADMIT_S, f"{member}: version")
+            except (ActorDiedError, NoAnswerError) as error:
+                self.lost(member, str(error), handle)
+                return
         if proved != version:
             raise RLHFError(f"{member} cannot be admitted with version {version}: it has proved {proved}")
         if version != self._version:
@@ -124,8 +128,15 @@ class GeneratorFleet:
         if found.handle is handle and found.health.proved(version):
             self._join(member)
 
+    def proved(self, member: str, version: int, handle: Any) -> None:
+        """The process behind `handle` has taken an update to `version` and proved it."""
+        found = self._members[member]
+        if found.handle is handle:
+            found.proof = version
+
     async def suspend(self, member: str) -> None:
         """Make a member STALE: it serves nothing until it is admitted again."""
+        self._members[member].proof = None
         self._members[member].health.overtaken()
 
     async def replace(self, member: str, reason: str = "replaced") -> None:
@@ -229,7 +240,7 @@ class GeneratorFleet:
     def _drop(self, member: _Member, reason: str) -> None:
         """Count the member's process as dead. News of it can still come, and are told by its handle."""
         member.health.died(reason)
-        member.handle, member.streams, member.tokens = None, 0, None
+        member.handle, member.streams, member.tokens, member.proof = None, 0, None, None
         for dispatch in self._dispatches:
             dispatch.leave(member.name)
 

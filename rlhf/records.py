@@ -191,10 +191,19 @@ class Bucket:
     patch_bytes: int = 0
     changed: int = 0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Tensors as rows: every generator gets a manifest of its own, and records of hundreds of tensors take long."""
+        rows = [(spec.name, spec.dtype, spec.shape, spec.offset, spec.nbytes, spec.checksum) for spec in self.tensors]
+        return _bucket, (rows, self.nbytes, self.handle, self.patch, self.patch_bytes, self.changed)
+
     @property
     def sent_bytes(self) -> int:
         """What travels to who has the version before."""
         return self.nbytes if self.patch is None else self.patch_bytes
+
+
+def _bucket(rows: list[tuple[Any, ...]], *others: Any) -> Bucket:
+    return Bucket(tuple(TensorSpec(*row) for row in rows), *others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Lists of records as they travel between processes: as columns.
 
 Pickled one by one, records cost more than all else that the driver does for a response: a call into Python for each
-object, both ways. These lists pickle as a few flat arrays and lists of strings, and arrive as plain lists.
+object, both ways. These lists pickle as a few flat arrays and lists of strings.
 """
 
 from array import array
@@ -41,7 +41,7 @@ class PackedRequests(list[SampleRequest]):
 
 
 class PackedRollouts(list[Rollout]):
-    """Responses of a generator; they arrive as a `list[Rollout]`.
+    """Responses of a generator; they arrive as `Responses`.
 
     Token ids are int32, log-probs float64: raises `OverflowError` for larger ids.
     """
@@ -57,7 +57,22 @@ class PackedRollouts(list[Rollout]):
             [rollout.finish_reason for rollout in self],
             [tuple([(span.version, span.start, span.end) for span in rollout.versions]) for rollout in self],
         )
-        return _rollouts, columns
+        return Responses, columns
+
+
+class Responses:
+    """Responses that arrived, made into records when they are asked for: Ray unpickles what a stream gives twice."""
+
+    def __init__(self, *columns: Any) -> None:
+        self._columns = columns
+
+    def rollouts(self) -> list[Rollout]:
+        """The responses."""
+        uids, ks, token_ids, logprobs, texts, reasons, versions = self._columns
+        # Most responses are of one version and many of one length: their spans are equal, and made once.
+        spans = {each: tuple(VersionSpan(*span) for span in each) for each in set(versions)}
+        columns = (uids, ks, _cut(token_ids), _cut(logprobs), texts, reasons, map(spans.__getitem__, versions))
+        return list(map(Rollout, *columns))
 
 
 class PackedComparisons(list[Comparison]):
@@ -118,21 +133,6 @@ def _requests(
 ) -> list[SampleRequest]:
     prompts = map(Prompt, uids, map(_messages, conversations), texts, _cut(token_ids), references)
     return list(map(SampleRequest, prompts, _cut(seeds)))
-
-
-def _rollouts(
-    uids: list[str],
-    ks: list[int],
-    token_ids: Lists,
-    logprobs: Lists,
-    texts: list[str],
-    reasons: list[str],
-    versions: list[tuple[tuple[int, int, int], ...]],
-) -> list[Rollout]:
-    # Most responses are of one version and many of one length: their spans are equal, and made once.
-    spans = {each: tuple(VersionSpan(*span) for span in each) for each in set(versions)}
-    columns = (uids, ks, _cut(token_ids), _cut(logprobs), texts, reasons, map(spans.__getitem__, versions))
-    return list(map(Rollout, *columns))
 
 
 def _comparisons(conversations: list[list[dict[str, str]]], rows: list[tuple[Any, ...]]) -> list[Comparison]:

@@ -63,7 +63,7 @@ class Plane(ABC):
             manifest = self._newest
             if manifest is None:
                 return None
-            outcome = (await self._transfer(manifest, [target]))[target]
+            outcome = (await self._send(manifest, [target]))[target]
             if isinstance(outcome, RLHFError):
                 return outcome
             await self._fleet.admit(target, manifest.version)
@@ -71,7 +71,7 @@ class Plane(ABC):
 
     async def _deliver(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
         """Try every target, those that failed once more; who is lost for good is started again in the background."""
-        outcomes = await self._transfer(manifest, targets)
+        outcomes = await self._send(manifest, targets)
         failed = {target: error for target, error in outcomes.items() if isinstance(error, RLHFError)}
         if self.resends and len(failed) < len(targets):
             # The others can go on with the version; nobody waits for an engine to start.
@@ -79,11 +79,20 @@ class Plane(ABC):
         else:
             again = await self._replace(outcomes)
         if again:
-            outcomes |= await self._transfer(manifest, again)
+            outcomes |= await self._send(manifest, again)
             for target in again:
                 self._abandon(outcomes, target)
         if self.resends:
             self._newest = manifest
+        return outcomes
+
+    async def _send(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
+        """Try each target once; the fleet is told who has proved the version."""
+        handles = {target: self._fleet.handle(target) for target in targets}
+        outcomes = await self._transfer(manifest, targets)
+        for target, outcome in outcomes.items():
+            if isinstance(outcome, float):
+                self._fleet.proved(target, manifest.version, handles[target])
         return outcomes
 
     def _abandon(self, outcomes: Outcomes, target: str) -> bool:

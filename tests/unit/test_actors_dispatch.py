@@ -1,25 +1,30 @@
 """How work is cut for generators, and how what they give is put together: no Ray."""
 
 import asyncio
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.calls import in_batches
-from actors.dispatch import CHUNK, LARGEST_CHUNK, chunk_size
+from actors.dispatch import CHUNK, LARGEST_CHUNK, PARTS, chunk_size, least_chunk
 
 
 @given(prompts=st.integers(0, 5_000), streams=st.integers(1, 50))
 def test_chunks_cover_a_round_and_shrink_towards_its_end(prompts: int, streams: int) -> None:
-    sizes = []
+    sizes: list[int] = []
+    least = least_chunk(prompts, streams)
     while (left := prompts - sum(sizes)) > 0:
-        sizes.append(chunk_size(left, streams))
+        sizes.append(chunk_size(left, streams, least))
     assert sum(sizes) == prompts
     assert sizes == sorted(sizes, reverse=True)
-    assert all(CHUNK <= size <= LARGEST_CHUNK for size in sizes[:-1])
-    # No stream takes more than an eighth of an even share, above the smallest chunk.
-    assert all(size <= max(CHUNK, prompts / (8 * streams)) for size in sizes)
+    assert all(CHUNK <= size <= max(least, LARGEST_CHUNK) for size in sizes[:-1])
+    # No stream takes more than half an even share, nor leaves more than a part of one for last.
+    assert all(size <= max(CHUNK, prompts / (2 * streams)) for size in sizes)
+    assert all(size <= max(CHUNK, prompts / (PARTS * streams)) for size in sizes[-streams:] if len(sizes) > streams)
+    # Calls grow with the logarithm of a round's size.
+    assert len(sizes) <= 2 * streams * (1 + max(0.0, math.log(PARTS / 2))) + PARTS / 2 + prompts / LARGEST_CHUNK + 1
 
 
 def test_small_rounds_go_out_in_the_smallest_chunks() -> None:

@@ -315,3 +315,41 @@ def test_every_response_comes_once_whoever_dies_when(
         await world.fleet.recovered()
 
     asyncio.run(run())
+
+
+async def test_an_engine_that_has_just_proved_a_version_is_not_asked_again() -> None:
+    asked: list[str] = []
+
+    class Asked(Generator):
+        async def _version(self) -> int:
+            asked.append(self.name)
+            return await super()._version()
+
+    one, two = Asked("g0"), Asked("g1")
+    world = World(one, two)
+    world.fleet.proved("g0", 1, one)
+    world.fleet.proved("g1", 1, one)  # news of a process that is not there any more
+    await world.fleet.admit("g0", 1)
+    assert (asked, world.fleet.taking()) == ([], ["g0"])
+    with pytest.raises(RLHFError, match="g1 cannot be admitted with version 1: it has proved 0"):
+        await world.fleet.admit("g1", 1)
+    assert asked == ["g1"]
+    # A proof is good once, for its own version, and not after a stop in between.
+    for version, meanwhile in ((1, None), (2, None), (1, world.fleet.suspend)):
+        if version != 1 or meanwhile:
+            world.fleet.proved("g0", 1, one)
+        if meanwhile:
+            await meanwhile("g0")
+        with pytest.raises(RLHFError, match=f"g0 cannot be admitted with version {version}: it has proved 0"):
+            await world.fleet.admit("g0", version)
+    assert asked == ["g1", "g0", "g0", "g0"]
+
+
+async def test_a_dead_process_proof_is_gone_with_it() -> None:
+    dying = Generator("g0", dies_after=0)
+    world = await World(dying, Generator("g1")).admitted()
+    world.fleet.proved("g0", 7, dying)
+    assert await world.sample(given := requests(4)) == wanted(given)
+    await world.fleet.recovered()
+    with pytest.raises(RLHFError, match="g0 cannot be admitted with version 7: it has proved 0"):
+        await world.fleet.admit("g0", 7)

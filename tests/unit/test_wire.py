@@ -11,7 +11,19 @@ from ray import cloudpickle
 
 from rlhf.errors import RLHFError
 from rlhf.judging.verdicts import invalid_verdict, make_verdict
-from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VersionSpan
+from rlhf.records import (
+    Bucket,
+    Comparison,
+    Message,
+    Probe,
+    Prompt,
+    Rollout,
+    SampleRequest,
+    TensorSpec,
+    Verdict,
+    VersionSpan,
+    WeightManifest,
+)
 from rlhf.wire import Findings, PackedComparisons, PackedRequests, PackedRollouts, PackedVerdicts
 
 TEXTS = st.text(max_size=12)
@@ -44,9 +56,8 @@ def test_requests_arrive_as_they_were(requests: list[SampleRequest]) -> None:
 
 @given(rollouts=st.lists(ROLLOUTS, max_size=5))
 def test_responses_arrive_as_they_were(rollouts: list[Rollout]) -> None:
-    found = arrived(PackedRollouts(rollouts))
+    found = arrived(PackedRollouts(rollouts)).rollouts()
     assert found == rollouts
-    assert type(found) is list
     assert {type(rollout.token_ids) for rollout in found} <= {tuple}
 
 
@@ -85,6 +96,16 @@ def test_a_conversation_that_is_shared_travels_once() -> None:
     assert len(cloudpickle.dumps(PackedComparisons(shared), protocol=5)) < 2000
     found = arrived(PackedComparisons(shared))
     assert {id(comparison.messages) for comparison in found} == {id(found[0].messages)}
+
+
+def test_a_manifest_arrives_as_it_was() -> None:
+    specs = tuple(TensorSpec(f"t{n}", "bfloat16", (n, 2), 4 * n, 4, f"{n:x}") for n in range(3))
+    bucket = Bucket(specs, 12, b"whole", b"patch", 5, 2)
+    manifest = WeightManifest(4, (bucket, Bucket((), 0)), (Probe((1, 2), (-0.5,)),), "base")
+    found = arrived(manifest)
+    assert found == manifest
+    # Equality leaves these out.
+    assert (found.buckets[0].handle, found.buckets[0].patch) == (b"whole", b"patch")
 
 
 def test_an_id_that_does_not_fit_is_no_other_id() -> None:
