@@ -17,3 +17,4 @@ from rlhf.planning.sizes import model_size as model_size
 from rlhf.planning.trained import Trained as Trained
 from rlhf.planning.trained import lora_layers as lora_layers
 from rlhf.planning.trained import trained as trained
+from rlhf.planning.turns import TurnPlan as TurnPlan

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import OfflineConfig, RunConfig
+from rlhf.config.colocate import sharing_gpu
 from rlhf.config.data import Policy
 from rlhf.config.judge import EngineJudge, PooledJudge, single_judges
 from rlhf.config.learner import Learner
@@ -23,6 +24,7 @@ from rlhf.config.system import Cluster
 from rlhf.planning.learner import DTYPE_BYTES, GIB, Row, learner_memory
 from rlhf.planning.sizes import ModelSize, Shapes, model_size, read_model
 from rlhf.planning.trained import trained
+from rlhf.planning.turns import TurnPlan, plan_turns, turn_notes, uses_ipc, with_host_copies
 from rlhf.rounds.run_directory import cores
 
 MIB = 1 << 20
@@ -58,13 +60,18 @@ class RolePlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The plan of a run: roles, the bytes of Ray's object store, the device, and whether Ray is private to the run."""
+    """The plan of a run: roles, the bytes of Ray's object store, the device, and whether Ray is private to the run.
+
+    With `turns` the roles with GPUs share `shared` of them, one actor of a kind on each.
+    """
 
     roles: tuple[RolePlan, ...]
     object_store: int
     device: str
     private: bool
     notes: tuple[str, ...] = field(default=())
+    turns: tuple[TurnPlan, ...] = field(default=())
+    shared: int = 0
 
     @property
     def total(self) -> int:
@@ -74,7 +81,9 @@ class Plan:
 
     @property
     def gpu_total(self) -> int:
-        """Bytes of GPU memory, of all actors."""
+        """Bytes of GPU memory, of all actors; of those that take turns, of the largest turn."""
+        if self.turns:
+            return self.shared * max(turn.total for turn in self.turns)
         return sum(role.actors * role.total for role in self.roles if role.gpus)
 
 
@@ -89,13 +98,20 @@ def make_plan(config: RunConfig) -> Plan:
         # Its pairs are not read here; they may be as long as the learner takes them.
         other = longest_row(config.learner, [])
         row = Row(max(row.tokens, other.tokens), max(row.responses, other.responses))
-    roles.append(_learner(config.learner, config.policy, config.cluster, size, shapes, row))
+    shares = config.cluster.colocate and device == "cuda"
+    learner = sharing_gpu(config.learner) if shares else config.learner
+    roles.append(_learner(learner, config.policy, config.cluster, size, shapes, row))
     payload = size.parameters * DTYPE_BYTES[config.policy.dtype]
     private = config.cluster.address == "local"
     # A private Ray gets room for the version being published, the one before, and the rollouts; with sparse updates
     # for a node's copies of both and the patches too.
     store = (6 if config.sync.sparse else 4) * payload + 256 * MIB if private else 2 * payload
-    return Plan(tuple(roles), store, device, private, _notes(config.cluster, device))
+    notes = _notes(config.cluster, device) + turn_notes(config, roles, device)
+    if not shares:
+        return Plan(tuple(roles), store, device, private, notes)
+    turns = plan_turns(config, roles, payload)
+    roles = with_host_copies(config, roles)
+    return Plan(tuple(roles), store, device, private, notes, turns, config.learner.world_size)
 
 
 def make_offline_plan(config: OfflineConfig, row: Row) -> Plan:
@@ -159,8 +175,9 @@ def _generator(config: RunConfig, size: ModelSize, device: str) -> RolePlan:
     generator = config.generator
     longest = config.prompts.max_tokens + generator.sampling.max_tokens
     memory, host = engine_memory(
-        size, config.policy.dtype, longest, generator.tensor_parallel, generator.engine, device, staged=True
-    )
+        size, config.policy.dtype, longest, generator.tensor_parallel, generator.engine, device,
+        staged=not uses_ipc(config, device),
+    )  # fmt: skip
     threads = _threads(config.cluster, device, generator.cpus, generator.replicas)
     gpus = generator.tensor_parallel if device == "cuda" else 0
     return RolePlan("generator", generator.replicas, threads, gpus, memory, host)

@@ -7,6 +7,7 @@ from rlhf.planning.plan import MIB, Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def show_plan(plan: Plan, notes: list[str], console: "Console") -> None:
@@ -25,19 +26,36 @@ def show_plan(plan: Plan, notes: list[str], console: "Console") -> None:
         parts = [_parts(role.memory)] + ([f"CPU: {_parts(role.host)}"] if role.host else [])
         here, there = (role.total, role.host_total) if role.gpus else (0, role.total)
         figures = (_gib(here) if here else "", _gib(there)) if gpus else (_gib(role.total),)
-        table.add_row(role.name, str(role.actors), str(role.cpus), str(role.gpus), *figures, "; ".join(parts))
+        count = f"{role.gpus} shared" if role.gpus and plan.turns else str(role.gpus)
+        table.add_row(role.name, str(role.actors), str(role.cpus), count, *figures, "; ".join(parts))
     empty = ("",) if gpus else ()
     table.add_row("object store", "", "", "", *empty, _gib(plan.object_store), "weights on their way, rollouts, pairs")
     table.add_section()
     whole = (_gib(plan.gpu_total),) if gpus else ()
     table.add_row("all", "", "", "", *whole, _gib(plan.total), "an estimate: allocators keep some more")
     console.print(table)
+    if plan.turns:
+        console.print(_turns(plan))
     free = _free_memory()
     if plan.private and plan.device == "cpu" and plan.total > free:
         short = f"about {_gib(plan.total, 1)} GiB are needed and {_gib(free, 1)} GiB are free on this machine"
         notes = [*notes, short]
     for note in (*notes, *plan.notes):
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+
+
+def _turns(plan: Plan) -> "Table":
+    """What one GPU holds in each turn; the largest is what it has to hold."""
+    from rich.table import Table
+
+    table = Table(title=f"Turns on each of {plan.shared} GPUs", title_justify="left")
+    for column in ("turn", "GPU GiB", "of which"):
+        table.add_column(column, justify="right" if column == "GPU GiB" else "left")
+    for turn in plan.turns:
+        table.add_row(turn.name, _gib(turn.total), _parts(turn.memory))
+    table.add_section()
+    table.add_row("largest", _gib(max(turn.total for turn in plan.turns)), "")
+    return table
 
 
 def _parts(memory: dict[str, int]) -> str:
