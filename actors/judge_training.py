@@ -37,7 +37,7 @@ def train_judge(config: JudgeTraining, fresh: bool = False) -> None:
     work = OfflineWork(
         model=model,
         data=f"data.path = {config.data.path!r}",
-        segments=segments.count,
+        segments=segments,
         segment=JudgeRows(data.train, prompt, segments, both_orders=both).segment,
         group=2 if both else 1,
         evaluator=evaluator,

@@ -38,7 +38,7 @@ class OfflineWork:
 
     model: Path
     data: str
-    segments: int
+    segments: Segments
     segment: Callable[[int], tuple[list[Pair], int]]
     group: int
     evaluator: Callable[[LearnerGroup, MonitorGroup, Path], RoundEvaluator | None]
@@ -71,7 +71,7 @@ def train_preferences(config: OfflineConfig, fresh: bool = False) -> None:
     work = OfflineWork(
         model=model,
         data=f"preferences.path = {config.preferences.path!r}",
-        segments=segments.count,
+        segments=segments,
         segment=PreferencePairs(data.train, tokenizer, segments).segment,
         group=1,
         evaluator=evaluator,
@@ -93,16 +93,16 @@ def run_offline(config: OfflineTraining, work: OfflineWork, fresh: bool) -> None
     async def main(run_dir: Path, monitor: MonitorGroup) -> None:
         await _train(config, work, run_dir, monitor)
 
-    run_session(config, fresh, work.segments, work.notes, main)
+    run_session(config, fresh, work.segments.count, work.notes, main)
 
 
 async def _train(config: OfflineTraining, work: OfflineWork, run_dir: Path, monitor: MonitorGroup) -> None:
-    ledger, rounds = Ledger(run_dir), Rounds(count=work.segments)
+    ledger, rounds = Ledger(run_dir), Rounds(count=work.segments.count)
     if ledger.state(rounds.count) == RoundState.PUBLISHED and (run_dir / "policy").exists():
         monitor.alert(f"{run_dir}: the training is done; --fresh starts over")
         return
     policy = config.policy.model_copy(update={"path": str(work.model.resolve())})
-    job = OfflineJob(policy, config.warmed_up(rounds.count), config.seed, rounds, config.checkpoint)
+    job = OfflineJob(policy, config.warmed_up(work.segments.length), config.seed, rounds, config.checkpoint)
     deadlines, restarts = config.cluster.deadlines, config.cluster.restarts
     budget = RestartBudget(restarts.budget, restarts.window_s)
     with connect(config.name, config.cluster, OFFLINE_STORE, run_dir) as cluster, stop_on_sigterm():
@@ -111,7 +111,8 @@ async def _train(config: OfflineTraining, work: OfflineWork, run_dir: Path, moni
         nobody = NoFleet()
         system = System(
             source=with_streams(
-                OfflineSource(work.segment, ledger, work.data, work.group, monitor.alert), work.others(ledger)
+                OfflineSource(work.segment, ledger, work.data, work.group, monitor.alert, work.segments.span),
+                work.others(ledger),
             ),
             learner=learner,
             plane=nobody,

@@ -1,7 +1,7 @@
 """Frozen records that travel between the parts. Token ids are tuples of ints: exactly the ids the engine sampled."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
@@ -139,13 +139,16 @@ class Pair:
     rejected_logprobs: tuple[float, ...] = ()
 
 
+_PAIR_FIELDS = tuple(each.name for each in fields(Pair))
+
+
 @dataclass(frozen=True, slots=True)
 class SealedRound:
     """The pairs of a round as read back from disk, with the digest they were sealed under.
 
     `ordered` says that they are to be trained as they come; otherwise the learner shuffles them. Of `group` neighbours
     none may be trained without the others in the same micro-batch. `weight` is that of a stream's loss beside the
-    round's own pairs.
+    round's own pairs. `span` says which part of the run the round is, as two fractions of it; None is an equal share.
     """
 
     round: int
@@ -154,6 +157,16 @@ class SealedRound:
     ordered: bool = False
     group: int = 1
     weight: float = 1.0
+    span: tuple[float, float] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pairs as columns: every rank gets them, and records by the ten thousand take long."""
+        columns = [[getattr(pair, name) for pair in self.pairs] for name in _PAIR_FIELDS]
+        return _sealed_round, (columns, self.round, self.digest, self.ordered, self.group, self.weight)
+
+
+def _sealed_round(columns: list[list[Any]], round: int, *others: Any) -> SealedRound:
+    return SealedRound(round, tuple(map(Pair, *columns)), *others)
 
 
 @dataclass(frozen=True, slots=True)

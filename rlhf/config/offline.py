@@ -82,8 +82,11 @@ class OfflineTraining(Section):
         refuse_colocate(self.cluster, "a training on a set of preferences has no generators to share GPUs with")
         return self
 
-    def warmed_up(self, segments: int) -> Learner:
-        """The learner with `warmup_steps` as a share of `segments` of `checkpoint_steps` steps each."""
+    def warmed_up(self, segments: float) -> Learner:
+        """The learner with `warmup_steps` as a share of so many `segments` of `checkpoint_steps` steps each.
+
+        A last segment that is not full counts by what it holds, as in the fraction that schedules go by.
+        """
         if self.warmup_steps is None:
             return self.learner
         share = min(self.warmup_steps / (segments * self.checkpoint_steps), 0.999)

@@ -276,7 +276,7 @@ class RankLearner:
         batches = list(step_batches(len(main.pairs), learner.batch_size, learner.epochs, seed, round))
         shares = streams.shares([len(batch) for batch in batches], self._config.seed)
         for number, (indices, others) in enumerate(zip(batches, shares, strict=True)):
-            fraction = fraction_done(round, number, len(batches), rounds)
+            fraction = fraction_done(sealed, number, len(batches), rounds)
             # Only before the round's first update is the policy the version that sampled.
             first = mismatch if number == 0 and not (learner.lora and learner.lora.dropout) else None
             grouping = Grouping(sealed.group, learner.loss.averages(fraction))

@@ -1,12 +1,13 @@
-"""Learning rate by the fraction of rounds done: the number of steps of a run is not known beforehand."""
+"""Learning rate by the fraction of the run done: online, the number of its steps is not known beforehand."""
 
 import math
 
 from rlhf.config.learner import Optimizer
+from rlhf.records import SealedRound
 
 
 def learning_rate(optimizer: Optimizer, fraction: float) -> float:
-    """The learning rate when `fraction` (0 to 1) of all rounds is done.
+    """The learning rate when `fraction` (0 to 1) of the run is done.
 
     Linear from 0 to the peak over `warmup_ratio`, then with x the fraction of the rest that is done: constant 1,
     linear 1 - x, cosine (1 + cos(pi x)) / 2, times the peak.
@@ -20,9 +21,11 @@ def learning_rate(optimizer: Optimizer, fraction: float) -> float:
     return optimizer.lr * decay[optimizer.schedule]
 
 
-def fraction_done(round: int, step: int, steps: int, rounds: int) -> float:
-    """Fraction of `rounds` done in the middle of step `step` (from 0) of `steps` in round `round` (from 1).
+def fraction_done(sealed: SealedRound, step: int, steps: int, rounds: int) -> float:
+    """Fraction of the run done in the middle of step `step` (from 0) of `steps` in a round.
 
-    The middle of the step, so that neither the first step of a warm-up nor the last of a decay is taken with rate 0.
+    A round without a `span` is one of `rounds` equal parts. The middle of the step, so that neither the first step of a
+    warm-up nor the last of a decay is taken with rate 0.
     """
-    return (round - 1 + (step + 0.5) / steps) / rounds
+    start, end = sealed.span or ((sealed.round - 1) / rounds, sealed.round / rounds)
+    return start + (end - start) * (step + 0.5) / steps

@@ -36,12 +36,14 @@ class OfflineSource:
         data: str,
         group: int = 1,
         alert: Callable[[str], None] = warnings.warn,
+        span: Callable[[int], tuple[float, float] | None] = lambda round: None,
     ) -> None:
         """`segment(round)` gives the same pairs whenever it is asked, and how many of the data were unusable.
 
         `data` names them in an error. Each `group` neighbours are trained in one micro-batch. `alert` is told of sealed
-        files that were damaged.
+        files that were damaged. `span(round)` is which part of the run the segment is, see `SealedRound`.
         """
+        self._span = span
         self._alert = alert
         self._mended = False
         self._group = group
@@ -70,7 +72,7 @@ class OfflineSource:
             self._ledger.commit(round, RoundState.SEALED, {"pairs": payload})
         digest = self._ledger.manifest(round)["pairs"]["sha256"]
         sealed = read_sealed(folder / "pairs.parquet", round, digest)
-        return {"offline": replace(sealed, ordered=True, group=self._group)}
+        return {"offline": replace(sealed, ordered=True, group=self._group, span=self._span(round))}
 
     async def rebuild(self, round: int) -> list[Pair]:
         """The pairs of a sealed round, taken from the data again."""

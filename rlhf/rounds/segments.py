@@ -50,6 +50,15 @@ class Segments:
         """Number of segments."""
         return -(-self.size * self.epochs // self.per_segment)
 
+    @property
+    def length(self) -> float:
+        """Number of segments where one that is not full, the last, counts by what it holds."""
+        return self.size * self.epochs / self.per_segment
+
+    def span(self, round: int) -> tuple[float, float]:
+        """Fractions of the training at which segment `round` (from 1) starts and ends."""
+        return (round - 1) / self.length, min(round / self.length, 1.0)
+
     def places(self, round: int) -> list[tuple[int, int, int]]:
         """(place in the whole training, epoch, index of the example) of segment `round` (from 1), in order."""
         start = (round - 1) * self.per_segment

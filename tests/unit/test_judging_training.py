@@ -141,10 +141,15 @@ def test_held_out_conversations_are_not_trained_on():
     assert without_conversations([example(0), example(1), example(2), again], [example(1)]) == (example(0), example(2))
 
 
-@pytest.mark.parametrize(("segments", "wanted"), [(4, 0.2), (1, 0.8)])
-def test_warm_up_steps_are_a_share_of_all_steps(segments, wanted):
+@pytest.mark.parametrize(
+    ("examples", "per_step", "warmup", "wanted"),
+    [(1600, 8, 40, 0.2), (400, 8, 40, 0.8), (880, 8, 40, 40 / 110), (80, 8, 5, 0.5), (80, 8, 50, 0.999)],
+    ids=["four full segments", "one", "two and a fifth", "a fifth of one", "longer than the training"],
+)
+def test_warm_up_steps_are_a_share_of_all_steps(examples, per_step, warmup, wanted):
     config = JudgeTraining.model_validate(
-        {"name": "j", "policy": {"path": "p"}, "data": {"path": "d"}, "warmup_steps": 40, "checkpoint_steps": 50}
+        {"name": "j", "policy": {"path": "p"}, "data": {"path": "d"}, "warmup_steps": warmup, "checkpoint_steps": 50}
     )
-    assert config.warmed_up(segments).optimizer.warmup_ratio == pytest.approx(wanted)
+    segments = Segments(examples, config.epochs, config.checkpoint_steps * per_step, 0)
+    assert config.warmed_up(segments.length).optimizer.warmup_ratio == pytest.approx(wanted)
     assert config.learner.optimizer.warmup_ratio == pytest.approx(0.03)

@@ -15,7 +15,8 @@ from rlhf.learning.beta import build_beta
 from rlhf.learning.plan import drop_long, plan_micro_batches, plan_packed, step_batches
 from rlhf.learning.rng import restore_rng, rng_state, seed_all
 from rlhf.learning.schedule import fraction_done, learning_rate
-from rlhf.records import Pair
+from rlhf.records import Pair, SealedRound
+from rlhf.rounds.segments import Segments
 
 lengths = st.lists(st.integers(1, 500), min_size=1, max_size=40)
 
@@ -116,10 +117,31 @@ def test_schedules_closed_form():
 
 
 def test_fraction_is_the_middle_of_the_step():
-    assert fraction_done(1, 0, 2, 8) == pytest.approx(1 / 32)
-    assert fraction_done(8, 1, 2, 8) == pytest.approx(31 / 32)
-    fractions = [fraction_done(r, s, r + 1, 4) for r in range(1, 5) for s in range(r + 1)]
+    def done(round: int, step: int, steps: int, rounds: int) -> float:
+        return fraction_done(SealedRound(round, (), ""), step, steps, rounds)
+
+    assert done(1, 0, 2, 8) == pytest.approx(1 / 32)
+    assert done(8, 1, 2, 8) == pytest.approx(31 / 32)
+    fractions = [done(r, s, r + 1, 4) for r in range(1, 5) for s in range(r + 1)]
     assert fractions == sorted(fractions)
+
+
+@given(steps=st.integers(1, 60), checkpoint=st.integers(1, 40), per_step=st.integers(1, 4), epochs=st.integers(1, 2))
+def test_every_step_of_a_cut_training_is_an_equal_part_of_it(steps, checkpoint, per_step, epochs):
+    segments = Segments(steps * per_step, epochs, checkpoint * per_step, 0)
+    found = []
+    for round in range(1, segments.count + 1):
+        sealed = SealedRound(round, (), "", span=segments.span(round))
+        count = len(segments.places(round)) // per_step
+        found += [fraction_done(sealed, step, count, segments.count) for step in range(count)]
+    assert found == pytest.approx([(step + 0.5) / (steps * epochs) for step in range(steps * epochs)])
+
+
+def test_a_short_last_segment_decays_by_its_steps():
+    segments = Segments(110, epochs=1, per_segment=100, seed=0)
+    last_of_first = SealedRound(1, (), "", span=segments.span(1))
+    rate = learning_rate(Optimizer(lr=1.0, schedule="linear"), fraction_done(last_of_first, 99, 100, segments.count))
+    assert rate == pytest.approx(10.5 / 110)
 
 
 def test_fixed_beta_stays():

@@ -20,12 +20,19 @@ async def test_a_segment_is_sealed_and_read_back_in_order(tmp_path):
     ledger = Ledger(tmp_path)
     sealed = (await OfflineSource(segment, ledger, "data").streams(1))["offline"]
     assert sealed.ordered
+    assert sealed.span is None
     assert list(sealed.pairs) == segment(1)[0]
     assert ledger.state(1) == RoundState.SEALED
     assert OfflineSource(segment, ledger, "data").metrics(1) == (
         {"pairs/kept": 3.0, "pairs/dropped_invalid": 2.0},
         [],
     )
+
+
+async def test_a_segment_says_which_part_of_the_training_it_is(tmp_path):
+    spans = {1: (0.0, 0.8), 2: (0.8, 1.0)}
+    source = OfflineSource(segment, Ledger(tmp_path), "data", span=spans.__getitem__)
+    assert [(await source.streams(round))["offline"].span for round in (1, 2)] == [(0.0, 0.8), (0.8, 1.0)]
 
 
 async def test_a_sealed_segment_is_not_made_again(tmp_path):
