@@ -162,7 +162,7 @@ class SealedRound:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pairs as columns: every rank gets them, and records by the ten thousand take long."""
         columns = [[getattr(pair, name) for pair in self.pairs] for name in _PAIR_FIELDS]
-        return _sealed_round, (columns, self.round, self.digest, self.ordered, self.group, self.weight)
+        return _sealed_round, (columns, self.round, self.digest, self.ordered, self.group, self.weight, self.span)
 
 
 def _sealed_round(columns: list[list[Any]], round: int, *others: Any) -> SealedRound:

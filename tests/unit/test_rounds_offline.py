@@ -1,9 +1,11 @@
 """Segments of a preference set as rounds: sealed once, read back in order, refused when the data change."""
 
+import pickle
+
 import pytest
 
 from rlhf.errors import InputError
-from rlhf.records import Pair
+from rlhf.records import Pair, SealedRound
 from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.offline import NoFleet, OfflineSource
 
@@ -58,3 +60,8 @@ async def test_nobody_samples():
     assert fleet.members() == []
     with pytest.raises(LookupError):
         await fleet.admit("generator-0", 1)
+
+
+def test_a_sealed_segment_travels_whole():
+    sealed = SealedRound(2, (pair(2, 0), pair(2, 1)), "digest", ordered=True, group=2, weight=0.5, span=(0.25, 0.5))
+    assert pickle.loads(pickle.dumps(sealed)) == sealed
