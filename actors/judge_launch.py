@@ -12,7 +12,8 @@ from actors.calls import within
 from actors.cluster import ClusterInfo
 from actors.engine.llm import engine_environment
 from actors.judge import JudgeActor, JudgePool
-from actors.placement import Role, SharedPlaces, actor_options, seat, stop
+from actors.placement import Patience, SharedPlaces, actor_options, seat, stop
+from actors.preflight import Role
 from actors.turns import PoolParty
 from rlhf.config.judge import EngineJudge, EnsembleJudge, PooledJudge, single_judges
 from rlhf.config.judge import Judge as JudgeConfig
@@ -47,6 +48,8 @@ class JudgeLauncher:
         self._places: SharedPlaces | None = None
         self._cluster = cluster
         self._deadlines = options.deadlines
+        self._placement = options.placement.judge
+        self._patience = Patience(options.deadlines.start, options.grows, alert)
         self._seed = seed
         self._run_dir = run_dir
         self._alert = alert
@@ -56,15 +59,19 @@ class JudgeLauncher:
         """Judges with engines are started in these places."""
         self._places = places
 
+    def roles(self, config: JudgeConfig, name: str) -> list[Role]:
+        """What all actors need, by pool."""
+        return [self._role(judge, pool)[0] for pool, judge in self._pools(config, name)]
+
     def engine_roles(self, config: JudgeConfig, name: str) -> list[Role]:
         """What the actors with engines need, by pool."""
-        pools = single_judges(config)
-        names = (f"{name}-{index}" for index in itertools.count()) if isinstance(config, EnsembleJudge) else [name]
         return [
-            self._role(judge, pool)[0]
-            for pool, (_, judge) in zip(names, pools, strict=False)
-            if isinstance(judge, EngineJudge)
+            self._role(judge, pool)[0] for pool, judge in self._pools(config, name) if isinstance(judge, EngineJudge)
         ]
+
+    def _pools(self, config: JudgeConfig, name: str) -> list[tuple[str, PooledJudge]]:
+        names = (f"{name}-{index}" for index in itertools.count()) if isinstance(config, EnsembleJudge) else [name]
+        return [(pool, judge) for pool, (_, judge) in zip(names, single_judges(config), strict=False)]
 
     async def start(self, config: JudgeConfig, name: str, advance: Callable[[], None]) -> Judge:
         """The judge behind its port; `name` is its actors' prefix, `advance` is called as each actor is ready."""
@@ -82,7 +89,7 @@ class JudgeLauncher:
             config = config.model_copy(update={"path": str(local_folder(config.path, "judge.path").resolve())})
         turns = self._turns if isinstance(config, EngineJudge) else None
         role, environment = self._role(config, name)
-        role, group = await seat(role, self._deadlines.start, self._places if turns else None)
+        role, group = await seat(role, self._patience, self._places if turns else None)
         actor = ray.remote(JudgeActor)
 
         async def launch(index: int) -> Any:
@@ -122,8 +129,8 @@ class JudgeLauncher:
         if not isinstance(config, EngineJudge):
             threads = config.cpus or 1
             role = Role(name, config.replicas, self._cluster.reserved(threads), 0, "SPREAD")
-            return role, {"OMP_NUM_THREADS": str(threads)}
+            return role.placed(self._placement), {"OMP_NUM_THREADS": str(threads)}
         threads = self._cluster.threads(config.cpus, config.replicas)
         gpus = config.tensor_parallel if self._cluster.device == "cuda" else 0
         role = Role(name, config.replicas, self._cluster.reserved(threads), gpus, "SPREAD")
-        return role, engine_environment(self._cluster.device, threads)
+        return role.placed(self._placement), engine_environment(self._cluster.device, threads)

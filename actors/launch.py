@@ -16,7 +16,8 @@ from actors.generator import GeneratorActor
 from actors.judge_launch import JudgeLauncher
 from actors.learner import LearnerGroup
 from actors.learner_launch import learner_role, start_learner
-from actors.placement import Role, SharedPlaces, actor_options, place_together, seat, stop
+from actors.placement import Patience, SharedPlaces, actor_options, check, place_together, seat, share, stop
+from actors.preflight import COLUMNS, Role, live_nodes, rows
 from actors.turns import FleetParty, LearnerParty
 from actors.weights.outgoing import Publishing
 from actors.weights.transport import pick_transport
@@ -74,20 +75,33 @@ class Launcher:
             launcher = JudgeLauncher(
                 self._cluster, config.cluster, config.seed, run_dir, monitor.alert, self._budget, self.turns
             )
+            patience = Patience(self._deadline, config.cluster.grows, monitor.alert)
+            self._preflight(
+                patience, monitor, [role for n, judge in judges.items() for role in launcher.roles(judge, n)]
+            )
             if self.turns:
-                roles = [self._generators(), learner_role(config.learner, self._cluster)]
+                roles = [self._generators(), self._ranks()]
                 roles += [role for name, judge in judges.items() for role in launcher.engine_roles(judge, name)]
-                self._places = await place_together(roles, self._deadline)
+                self._places = await place_together(roles, patience)
                 launcher.share(self._places)
             # Who shares devices waits for its turn: the generators have the first one, the learner, whose work is
             # next, the last.
             async with asyncio.TaskGroup() as tasks:
-                fleet = tasks.create_task(self._fleet(bar, monitor))
+                fleet = tasks.create_task(self._fleet(bar, monitor, patience))
                 started = [
                     tasks.create_task(launcher.start(judge, name, bar.advance)) for name, judge in judges.items()
                 ]
                 learner = tasks.create_task(self._learner(bar, monitor, probes))
         return Parts(fleet.result(), started[0].result(), started[-1].result(), learner.result())
+
+    def _preflight(self, patience: Patience, monitor: Monitor, judges: list[Role]) -> None:
+        """Show what is asked of a cluster that others use too, and stop at once where that can never fit."""
+        roles = [self._generators(), self._ranks(), *judges]
+        if self.turns:
+            roles = [share(roles[:2]), *(role for role in judges if not role.gpus)]
+        if not self._cluster.private:
+            monitor.table("placement", COLUMNS, rows(roles, live_nodes()))
+        check(roles, patience)
 
     async def _learner(self, bar: Any, monitor: Monitor, probes: list[tuple[int, ...]]) -> LearnerGroup:
         config = self._config
@@ -96,7 +110,8 @@ class Launcher:
         async with turn_of(self.turns, LEARNER):
             learner = await start_learner(
                 config, self._cluster, config.cluster.deadlines, self._budget, monitor, bar.advance,
-                publishing=self._publishing(), probes=probes, places=self._places,
+                publishing=self._publishing(), probes=probes, placement=config.cluster.placement.learner,
+                grows=config.cluster.grows, places=self._places,
             )  # fmt: skip
             if self.turns:
                 self.turns.join(LEARNER, LearnerParty(learner))
@@ -114,7 +129,11 @@ class Launcher:
     def _generators(self) -> Role:
         config = self._config.generator
         cpus = self._cluster.reserved(self._cluster.threads(config.cpus, config.replicas))
-        return Role("generator", config.replicas, cpus, config.tensor_parallel if self._gpu else 0, "PACK")
+        role = Role("generator", config.replicas, cpus, config.tensor_parallel if self._gpu else 0, "PACK")
+        return role.placed(self._config.cluster.placement.generator)
+
+    def _ranks(self) -> Role:
+        return learner_role(self._config.learner, self._cluster, self._config.cluster.placement.learner)
 
     def _engine(self) -> EngineSpec:
         config = self._config.generator
@@ -133,9 +152,9 @@ class Launcher:
             sleeps=self.turns is not None,
         )
 
-    async def _fleet(self, bar: Any, monitor: Monitor) -> GeneratorFleet:
+    async def _fleet(self, bar: Any, monitor: Monitor, patience: Patience) -> GeneratorFleet:
         config, turns = self._config.generator, self.turns
-        role, group = await seat(self._generators(), self._deadline, self._places)
+        role, group = await seat(self._generators(), patience, self._places)
         names = [f"generator-{index}" for index in range(config.replicas)]
         spec = self._engine()
         environment = engine_environment(self._cluster.device, self._cluster.threads(config.cpus, config.replicas))

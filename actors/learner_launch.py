@@ -8,19 +8,22 @@ import ray
 
 from actors.cluster import ClusterInfo
 from actors.learner import LearnerActor, LearnerGroup
-from actors.placement import Role, SharedPlaces, actor_options, seat, stop
+from actors.placement import Patience, SharedPlaces, actor_options, seat, stop
+from actors.preflight import Role
 from actors.weights.outgoing import Publishing
 from rlhf.config.learner import Learner
+from rlhf.config.placement import RolePlacement
 from rlhf.config.system import Deadlines
 from rlhf.health import RestartBudget
 from rlhf.learning.job import LearnerJob
 from rlhf.ports import Monitor
 
 
-def learner_role(config: Learner, cluster: ClusterInfo) -> Role:
+def learner_role(config: Learner, cluster: ClusterInfo, placement: RolePlacement | None = None) -> Role:
     """What the ranks need."""
     cpus = cluster.reserved(cluster.threads(config.cpus, config.world_size))
-    return Role("learner", config.world_size, cpus, int(cluster.device == "cuda"), "PACK")
+    role = Role("learner", config.world_size, cpus, int(cluster.device == "cuda"), "PACK")
+    return role.placed(placement or RolePlacement())
 
 
 async def start_learner(
@@ -33,6 +36,8 @@ async def start_learner(
     *,
     publishing: Publishing | None = None,
     probes: Sequence[tuple[int, ...]] = (),
+    placement: RolePlacement | None = None,
+    grows: bool = False,
     places: SharedPlaces | None = None,
 ) -> LearnerGroup:
     """The ranks behind the `Learner` port, met and with their models loaded; `probes` prove published weights.
@@ -41,7 +46,8 @@ async def start_learner(
     """
     config = job.learner
     threads = cluster.threads(config.cpus, config.world_size)
-    role, group = await seat(learner_role(config, cluster), deadlines.start, places)
+    patience = Patience(deadlines.start, grows, monitor.alert)
+    role, group = await seat(learner_role(config, cluster, placement), patience, places)
     environment = {"OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR"}
     actor = ray.remote(LearnerActor)
     names = [f"learner-{rank}" for rank in range(config.world_size)]

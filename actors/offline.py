@@ -107,7 +107,10 @@ async def _train(config: OfflineTraining, work: OfflineWork, run_dir: Path, moni
     budget = RestartBudget(restarts.budget, restarts.window_s)
     with connect(config.name, config.cluster, OFFLINE_STORE, run_dir) as cluster, stop_on_sigterm():
         with monitor.progress("load models", config.learner.world_size) as bar:
-            learner = await start_learner(job, cluster, deadlines, budget, monitor, bar.advance)
+            learner = await start_learner(
+                job, cluster, deadlines, budget, monitor, bar.advance,
+                placement=config.cluster.placement.learner, grows=config.cluster.grows,
+            )  # fmt: skip
         nobody = NoFleet()
         system = System(
             source=with_streams(

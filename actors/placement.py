@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.calls import within
+from actors.preflight import Role, amounts, free_resources, live_nodes, shortages
 from rlhf.errors import DeadlineError, RLHFError
 
 SHUTDOWN_S = 60.0
@@ -20,19 +21,17 @@ SHUTDOWN_S = 60.0
 NAME_POLL_S = 0.05
 
 
+REPORT_S = 10.0
+"""Between two lines about what is still missing."""
+
+
 @dataclass(frozen=True)
-class Role:
-    """Actors of one kind: how many, what each needs, and how they are spread over nodes."""
+class Patience:
+    """How long to wait for places, in seconds; whether nodes may be added meanwhile; who is told of the wait."""
 
-    name: str
-    count: int
-    cpus: float
-    gpus: float
-    strategy: str
-
-    def bundle(self) -> dict[str, float]:
-        """Ray's resources of one actor."""
-        return {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+    deadline: float
+    grows: bool = False
+    tell: Callable[[str], None] = lambda message: None
 
 
 SHARES = 10_000
@@ -47,10 +46,10 @@ class SharedPlaces:
     share: float
 
 
-async def place_together(roles: Sequence[Role], deadline: float) -> SharedPlaces:
+async def place_together(roles: Sequence[Role], patience: Patience) -> SharedPlaces:
     """Reserve places for roles that share devices: number i of each role gets place i. Raises as `place` does."""
     together = share(roles)
-    group = await place(together, deadline)
+    group = await place(together, patience)
     return SharedPlaces(group, SHARES // max(1, sum(role.gpus > 0 for role in roles)) / SHARES)
 
 
@@ -62,45 +61,51 @@ def share(roles: Sequence[Role]) -> Role:
         sum(role.cpus for role in roles),
         max(role.gpus for role in roles),
         "PACK",
+        {name: amount for role in roles for name, amount in role.resources.items()},
+        {name: value for role in roles for name, value in role.labels.items()},
     )
 
 
-async def seat(role: Role, deadline: float, places: SharedPlaces | None) -> tuple[Role, PlacementGroup]:
+async def seat(role: Role, patience: Patience, places: SharedPlaces | None) -> tuple[Role, PlacementGroup]:
     """Where a role's actors go, and what each of them reserves there: the shared `places`, else some of its own."""
     if places is None:
-        return role, await place(role, deadline)
-    return replace(role, gpus=places.share if role.gpus else 0), places.group
+        return role, await place(role, patience)
+    return replace(role, gpus=places.share if role.gpus else 0, resources={}), places.group
 
 
-async def place(role: Role, deadline: float) -> PlacementGroup:
-    """Reserve the role's resources; raises `RLHFError` at once if no set of nodes can ever hold it.
+async def place(role: Role, patience: Patience) -> PlacementGroup:
+    """Reserve the role's resources; raises `RLHFError` at once if the nodes can never hold it and none are added.
 
-    Raises `DeadlineError` naming the role and what the cluster has free when `deadline` seconds have passed.
+    Raises `DeadlineError` naming the role and what the cluster has free when the time has passed.
     """
-    check_fits(role, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-    group = placement_group([role.bundle()] * role.count, strategy=role.strategy)
-    try:
-        await asyncio.wait_for(group.ready(), deadline)
-    except TimeoutError:
-        remove_placement_group(group)
-        free = {name: value for name, value in ray.available_resources().items() if name in ("CPU", "GPU")}
-        raise DeadlineError(
-            f"placing {role.count} {role.name} actors of {role.bundle()} took longer than {deadline:.0f} s; "
-            f"free now: {free}"
-        ) from None
+    check([role], patience)
+    selectors = [dict(role.labels)] * role.count if role.labels else None
+    group = placement_group([role.bundle()] * role.count, role.strategy, bundle_label_selector=selectors)
+    wanted = f"{role.count} {role.name} actors of {amounts(role.bundle())}"
+    ready = asyncio.ensure_future(group.ready())
+    end = time.monotonic() + patience.deadline
+    while not ready.done():
+        left = end - time.monotonic()
+        if left <= 0:
+            remove_placement_group(group)
+            raise DeadlineError(
+                f"placing {wanted} took longer than {patience.deadline:.0f} s; free now: {free_resources()}"
+            )
+        await asyncio.wait({ready}, timeout=min(left, REPORT_S))
+        if not ready.done():
+            patience.tell(f"waiting for places: {wanted}; free now: {free_resources()}")
+    await ready
     return group
 
 
-def check_fits(role: Role, nodes: list[dict[str, Any]]) -> None:
-    """Raise `RLHFError` if the nodes, all of them empty, could not hold the role's actors."""
-    bundle = role.bundle()
-    room = sum(int(min(node.get(name, 0) // amount for name, amount in bundle.items() if amount)) for node in nodes)
-    if room < role.count:
-        total = {name: sum(node.get(name, 0) for node in nodes) for name in bundle}
-        raise RLHFError(
-            f"{role.count} {role.name} actors of {bundle} do not fit this cluster ({len(nodes)} nodes, {total} in all, "
-            f"room for {room}); ask for fewer or add nodes"
-        )
+def check(roles: Sequence[Role], patience: Patience) -> None:
+    """Raise `RLHFError` if the nodes, all of them empty, could not hold the roles; say so where nodes may be added."""
+    nodes = live_nodes()
+    if missing := shortages(roles, nodes):
+        message = f"this cluster ({len(nodes)} nodes) cannot hold the run: {'; '.join(missing)}"
+        if not patience.grows:
+            raise RLHFError(f"{message}; ask for fewer or add nodes (cluster.grows waits for an autoscaler's)")
+        patience.tell(f"{message}; waiting for nodes")
 
 
 async def stop(name: str, orderly: bool) -> None:
@@ -129,6 +134,7 @@ def actor_options(
         "name": name,
         "num_cpus": role.cpus,
         "num_gpus": role.gpus,
+        "resources": dict(role.resources),
         "scheduling_strategy": PlacementGroupSchedulingStrategy(
             group, placement_group_bundle_index=index, placement_group_capture_child_tasks=True
         ),

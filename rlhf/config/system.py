@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.base import Section
+from rlhf.config.placement import Placement
 
 
 class Rounds(Section):
@@ -154,6 +155,15 @@ class Cluster(Section):
         description="Generators, vLLM judges and learner take turns on the same GPUs: each GPU holds one of a kind, "
         "and who has no turn sleeps, its memory given back. On a CPU they take the same turns. Needs "
         "rounds.lookahead 0.",
+    )
+    placement: Placement = Field(
+        default_factory=lambda: Placement(),
+        description="Which nodes the actors of each role go to; a local cluster is one node and needs none of it.",
+    )
+    grows: bool = Field(
+        False,
+        description="An autoscaler may add nodes: what does not fit now is waited for, up to deadlines.start, and said "
+        "every 10 seconds. Without it a run that cannot fit stops at once.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where a node has a GPU.")
     deadlines: Deadlines = Field(default_factory=lambda: Deadlines(), description="Deadlines, in seconds.")

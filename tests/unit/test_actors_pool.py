@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.judge import JudgePool
-from actors.placement import Role, check_fits
 from rlhf.errors import DeadlineError, RLHFError
 from rlhf.health import RestartBudget
 from rlhf.judging.verdicts import make_verdict
@@ -364,47 +363,3 @@ async def test_an_error_nobody_waits_for_any_more_is_not_reported_by_the_loop() 
     del pool
     gc.collect()
     assert [report["message"] for report in reports] == []
-
-
-LEARNER = Role("learner", count=2, cpus=2, gpus=0, strategy="PACK")
-ENGINE = Role("generator", count=3, cpus=1, gpus=2, strategy="PACK")
-
-
-@pytest.mark.parametrize(
-    ("role", "nodes"),
-    [
-        (LEARNER, [{"CPU": 4.0}]),
-        (LEARNER, [{"CPU": 2.0}, {"CPU": 3.0}]),
-        (LEARNER, [{"CPU": 4.0, "GPU": 1.0, "memory": 1e9}]),
-        (ENGINE, [{"CPU": 8.0, "GPU": 6.0}]),
-        (ENGINE, [{"CPU": 2.0, "GPU": 4.0}, {"CPU": 64.0}, {"CPU": 1.0, "GPU": 8.0}]),
-    ],
-)
-def test_actors_that_fit(role: Role, nodes: list[dict[str, float]]) -> None:
-    check_fits(role, nodes)
-
-
-@pytest.mark.parametrize(
-    ("role", "nodes", "room"),
-    [
-        (LEARNER, [{"CPU": 3.0}], 1),
-        (LEARNER, [{"CPU": 3.0}, {"CPU": 1.0}], 1),  # enough in all, but no actor spans two nodes
-        (LEARNER, [], 0),
-        (ENGINE, [{"CPU": 64.0}], 0),
-        (ENGINE, [{"CPU": 2.0, "GPU": 16.0}], 2),
-        (ENGINE, [{"CPU": 8.0, "GPU": 1.0}] * 6, 0),
-    ],
-)
-def test_actors_that_never_fit_are_refused_at_once(role: Role, nodes: list[dict[str, float]], room: int) -> None:
-    with pytest.raises(RLHFError) as error:
-        check_fits(role, nodes)
-    message = str(error.value)
-    assert "\n" not in message
-    assert f"{role.count} {role.name} actors" in message
-    assert f"({len(nodes)} nodes," in message
-    assert f"room for {room})" in message
-
-
-def test_the_message_tells_what_is_asked_and_what_is_there() -> None:
-    with pytest.raises(RLHFError, match=r"\{'CPU': 1, 'GPU': 2\}.*\{'CPU': 12\.0, 'GPU': 1\.0\} in all"):
-        check_fits(ENGINE, [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 4.0}])

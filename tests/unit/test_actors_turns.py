@@ -7,7 +7,8 @@ import pytest
 
 from actors.fleet import GeneratorFleet
 from actors.judge import JudgePool
-from actors.placement import Role, check_fits, share
+from actors.placement import share
+from actors.preflight import Role, shortages
 from actors.turns import FleetParty, PoolParty, in_turn
 from rlhf.errors import EngineLostError, RLHFError
 from rlhf.rounds.turns import GENERATORS, LEARNER, Turns
@@ -130,6 +131,5 @@ def test_roles_on_one_device_need_it_once() -> None:
     roles = [Role("generator", 2, 4, 1, "PACK"), Role("learner", 2, 4, 1, "PACK"), Role("judge", 1, 2, 1, "SPREAD")]
     together = share(roles)
     assert together == Role("generator + learner + judge", 2, 10, 1, "PACK")
-    check_fits(together, [{"CPU": 20, "GPU": 2}])
-    with pytest.raises(RLHFError, match=r"2 generator \+ learner \+ judge actors .* do not fit"):
-        check_fits(together, [{"CPU": 20, "GPU": 1}])
+    assert shortages([together], [{"CPU": 20, "GPU": 2}]) == []
+    assert "2 generator + learner + judge actors" in shortages([together], [{"CPU": 20, "GPU": 1}])[0]
