@@ -8,10 +8,10 @@ Several simulated generators share an actor: a call to one sleeps and answers, w
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 from rich.console import Console
@@ -42,6 +42,7 @@ from rlhf.rounds.checkpoints import CheckpointStore
 from rlhf.rounds.controller import System
 from rlhf.rounds.ledger import Ledger
 from rlhf.rounds.online import OnlineSource
+from rlhf.wire import PackedRollouts, PackedVerdicts
 
 MAX_ACTORS = 16
 SEQUENCES = 8
@@ -111,7 +112,10 @@ class TimedGenerator:
     async def sample(self, requests: list[SampleRequest], sampling: dict[str, Any]) -> AsyncIterator[Any]:
         """Sleep for each prompt's share of the round, then give every response."""
         await asyncio.sleep(sampling["prompt_s"] * len(requests))
-        yield [make_response(request, k, self._version) for request in requests for k in range(len(request.seeds))]
+        version = self._version
+        yield PackedRollouts(
+            make_response(request, k, version) for request in requests for k in range(len(request.seeds))
+        )
 
     async def update(self, manifest: WeightManifest, verify: bool, tolerance: float) -> float:
         """Take a version that has no bytes."""
@@ -134,10 +138,10 @@ class TimedJudge:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
-    async def compare(self, comparisons: list[Comparison]) -> list[Verdict]:
+    async def compare(self, comparisons: list[Comparison]) -> PackedVerdicts:
         """One verdict a comparison."""
         await asyncio.sleep(self._seconds)
-        return make_verdicts(comparisons)
+        return PackedVerdicts(make_verdicts(comparisons))
 
 
 class TimedLearner:
@@ -175,19 +179,28 @@ class TimedLearner:
         return WeightManifest(version, (), ())
 
 
+class Mark(NamedTuple):
+    """Clocks at one moment, in seconds: the machine's, the driver's processor's, and what files took of both."""
+
+    at: float
+    processor: float
+    files: float
+    files_processor: float
+
+
 class ClockedGroup(LearnerGroup):
-    """Remembers when the loop called for each training; the actor says when it began."""
+    """Reads the clocks when the loop calls for a training; the actor says when it began."""
 
     def __init__(self, handle: Any, config: RunConfig) -> None:
         super().__init__([handle], config.cluster.deadlines, ())
         self.handle = handle
-        self.called: list[float] = []
-        self.cpu: list[float] = []
+        self.files: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
+        """Seconds, and seconds of processor, that files have taken so far."""
+        self.marks: list[Mark] = []
 
     async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """As the real group does."""
-        self.called.append(time.monotonic())
-        self.cpu.append(time.process_time())
+        self.marks.append(Mark(time.monotonic(), time.process_time(), *self.files()))
         async for report in super().train(sealed, others):
             yield report
 

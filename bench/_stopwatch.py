@@ -14,6 +14,7 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._total = self._processor = 0.0
 
     def wrap(self, owner: Any, name: str, label: str) -> None:
         """Time every call of `owner.name` from now on; raises `AttributeError` if there is none."""
@@ -24,16 +25,22 @@ class Stopwatch:
 
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.thread_time()
             result = function(*arguments, **named)
             if inspect.iscoroutine(result):
                 return self._awaited(result, label, started)
             if inspect.isgenerator(result):
                 return self._iterated(result, label)
             self.seconds[label].append(time.perf_counter() - started)
+            self._total += self.seconds[label][-1]
+            self._processor += time.thread_time() - worked
             return result
 
         return call
+
+    def totals(self) -> tuple[float, float]:
+        """Seconds, and seconds of the calling threads' processor, of all plain calls so far."""
+        return self._total, self._processor
 
     def lap(self) -> dict[str, float]:
         """Sums by label since the last lap."""

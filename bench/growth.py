@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -32,7 +33,7 @@ LEAST_HEAP = 50e6
 @dataclass(frozen=True)
 class Usage:
     """Of all processes of a run. `anonymous` is memory that no file backs: heaps and stacks, where leaks show;
-    `heaps` are its bytes by process, of those that hold most."""
+    `heaps` are its bytes by process, of those that hold most; `names` are threads by process and name."""
 
     resident: float
     anonymous: float
@@ -41,9 +42,10 @@ class Usage:
     processes: float
     store: float
     heaps: dict[str, float] = field(default_factory=dict)
+    names: Counter[str] = field(default_factory=Counter)
 
 
-NAMES = tuple(column.name for column in fields(Usage) if column.name != "heaps")
+NAMES = tuple(column.name for column in fields(Usage) if column.name not in ("heaps", "names"))
 COUNTS = ("files", "threads", "processes")
 
 
@@ -99,7 +101,19 @@ def usage(processes: Sequence[psutil.Process], store: float) -> Usage:
     found = {process: row for process in processes if (row := _usage(process.pid))}
     sums = (float(sum(column)) for column in zip(*found.values(), strict=True))
     heaps = {f"{title(process)} {process.pid}": float(row[1]) for process, row in found.items() if row[1] > LEAST_HEAP}
-    return Usage(*sums, processes=len(found), store=store, heaps=heaps)
+    names = Counter(f"{title(process)} {process.pid}: {name}" for process in found for name in threads(process.pid))
+    return Usage(*sums, processes=len(found), store=store, heaps=heaps, names=names)
+
+
+def threads(pid: int) -> list[str]:
+    """What the threads of a process are called; numbers at the end, of pools, are left out."""
+    found = []
+    for file in Path("/proc", str(pid), "task").glob("*/comm"):
+        try:
+            found.append(file.read_text().strip().rstrip("0123456789"))
+        except OSError:  # it ended
+            continue
+    return found
 
 
 def title(process: psutil.Process) -> str:
@@ -178,7 +192,13 @@ def report(found: Sequence[tuple[int, Usage]], skip: int) -> str:
         ends = [sum(part) / len(part) for part in (scaled[:BLOCK], scaled[-BLOCK:])]
         cells = [f"{name} {unit}".strip(), *(f"{end:.1f}" for end in ends), f"{fit.value:+.4f}"]
         lines.append("| " + " | ".join([*cells, f"{fit.low:+.4f} to {fit.high:+.4f}", sparkline(scaled)]) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", more_threads(kept[0][1].names, kept[-1][1].names)])
+
+
+def more_threads(first: Counter[str], last: Counter[str]) -> str:
+    """Which threads are more at the end than at the start."""
+    grown = [f"{name} {first[name]} to {count}" for name, count in sorted(last.items()) if count > first[name]]
+    return f"more threads: {'; '.join(grown) or 'none'}"
 
 
 def main() -> None:

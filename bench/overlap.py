@@ -9,13 +9,14 @@ fleet, judge pool and weight plane are the real ones. Needs no model; about thre
 than learning. `generators` and `prompts`: all waits are zero, so a round is what the loop costs. Writing, hashing and
 reading back a round's files and handing its pairs to the learner's actor grow with the data whatever the loop does, and
 stand in columns of their own. Here all the actors share the driver's cores, which they do not elsewhere: the driver's
-own processor time (all its threads, the files' too) is the last column.
+own processor time (all its threads, Ray's too, without the files) is the last column.
 """
 
 import argparse
 import asyncio
 import itertools
 import json
+import shutil
 import statistics
 import tempfile
 from dataclasses import dataclass, replace
@@ -29,11 +30,13 @@ from actors.cluster import connect
 from rlhf.config.system import Cluster
 from rlhf.rounds import online
 from rlhf.rounds.controller import run_rounds
+from rlhf.rounds.ledger import Ledger
 
 LEARN_S = 2.0
 GENERATORS = (1, 4, 16, 64, 256)
 PROMPTS = (32, 100, 1_000, 10_000, 100_000)
 PARTS = ("idle", "generators", "prompts")
+MEMORY = Path("/dev/shm")
 
 
 Spans = list[tuple[float, float]]
@@ -41,7 +44,8 @@ Spans = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a round without waits: all of it, its files, handing its pairs over, and the driver's processor."""
+    """Seconds of a round without waits: all of it, its files, handing its pairs over; the driver's processor without
+    what files take of it."""
 
     round: float
     files: float
@@ -90,38 +94,47 @@ def idle_table(standins: StandIns, folder: Path, rounds: int) -> None:
             print(f"| {ratio * LEARN_S:.1f} | {lookahead} | {idle:.1%} | {least:.1%} | {waiting:.3f} |", flush=True)
 
 
-def run(standins: StandIns, shape: Shape, waits: Waits, run_dir: Path) -> tuple[ClockedGroup, Spans]:
-    """Run the loop to its end: the learner's driver side, and when its actor trained."""
+def run(
+    standins: StandIns, shape: Shape, waits: Waits, run_dir: Path, watch: Stopwatch | None = None
+) -> tuple[ClockedGroup, Spans]:
+    """Run the loop to its end: the learner's driver side, and when its actor trained. `watch` clocks the files."""
     system, config, learner = standins.system(shape, waits, run_dir)
+    if watch:
+        learner.files = watch.totals
     asyncio.run(run_rounds(system, config))
     return learner, ray.get(learner.handle.spans.remote())
 
 
 def overhead(standins: StandIns, shape: Shape, run_dir: Path, watch: Stopwatch) -> Cost:
     """Medians over the rounds but the first; a round lasts from one call of the learner to the next."""
-    watch.seconds.clear()
-    learner, spans = run(standins, shape, Waits(), run_dir)
-    files = [sum(calls) for calls in zip(*watch.seconds.values(), strict=True)]
-    handed = [start - called for called, (start, _) in zip(learner.called, spans, strict=True)]
-    walls, cpu = ([end - start for start, end in itertools.pairwise(times)] for times in (learner.called, learner.cpu))
-    return Cost(*(statistics.median(seconds) for seconds in (walls, files[1:], handed[1:], cpu)))
+    learner, spans = run(standins, shape, Waits(), run_dir, watch)
+    marks = learner.marks
+    handed = [start - mark.at for mark, (start, _) in zip(marks, spans, strict=True)]
+    walls, processor, files, files_processor = zip(
+        *([after - before for before, after in zip(*pair, strict=True)] for pair in itertools.pairwise(marks)),
+        strict=True,
+    )
+    own = [all_of_it - part for all_of_it, part in zip(processor, files_processor, strict=True)]
+    return Cost(*(statistics.median(seconds) for seconds in (walls, files, handed[1:], own)))
 
 
-def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> list[tuple[int, float]]:
-    """A row for each shape; returns prompts and the loop's seconds."""
+def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> list[tuple[int, Cost]]:
+    """A row for each shape; returns prompts and costs."""
     watch = Stopwatch()
     for name in ("_write", "seal_pairs", "read_sealed"):
         watch.wrap(online, name, name)
+    watch.wrap(Ledger, "commit", "commit")
     print("| generators | prompts | round, ms | files, ms | hand-over, ms | loop, ms | driver's processor, ms |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     found = []
     for shape in shapes:
         run_dir = folder / f"overhead-{shape.generators}-{shape.prompts}"
         cost = overhead(standins, shape, run_dir, watch)
+        shutil.rmtree(run_dir)
         seconds = (cost.round, cost.files, cost.handed, cost.loop, cost.processor)
         cells = " | ".join(f"{each * 1e3:.1f}" for each in seconds)
         print(f"| {shape.generators} | {shape.prompts} | {cells} |", flush=True)
-        found.append((shape.prompts, cost.loop))
+        found.append((shape.prompts, cost))
     return found
 
 
@@ -138,12 +151,15 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="part", help=f"{', '.join(PARTS)}; all of them by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--largest", type=int, default=PROMPTS[-1], help="prompts of the largest round")
+    parser.add_argument("--folder", help="of the runs' files; by default in memory, so that no disk is measured")
     options = parser.parse_args()
+    if options.folder is None and MEMORY.is_dir():
+        options.folder = MEMORY
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     parts, rounds = options.parts or PARTS, options.rounds
     with (
-        tempfile.TemporaryDirectory(prefix="rlhf-overlap-") as temporary,
+        tempfile.TemporaryDirectory(prefix="rlhf-overlap-", dir=options.folder) as temporary,
         connect("bench-overlap", Cluster(), 512 << 20),
     ):
         folder = Path(temporary)
@@ -158,9 +174,10 @@ def main() -> None:
         if "prompts" in parts:
             print("\nPrompts of 2 responses, 256 generators\n")
             sizes = [n for n in PROMPTS if n <= options.largest]
-            points = overhead_table(standins, folder / "p", [Shape(256, n, rounds=rounds + 1) for n in sizes])
-            fixed, slope = growth(points)
-            print(f"\nloop: {fixed * 1e3:.0f} ms a round + {slope * 1e6:.0f} µs a prompt")
+            costs = overhead_table(standins, folder / "p", [Shape(256, n, rounds=rounds + 1) for n in sizes])
+            for name in ("loop", "processor"):
+                fixed, slope = growth([(prompts, getattr(cost, name)) for prompts, cost in costs])
+                print(f"\n{name}: {fixed * 1e3:.0f} ms a round + {slope * 1e6:.0f} µs a prompt")
 
 
 if __name__ == "__main__":

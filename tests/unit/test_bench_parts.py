@@ -105,6 +105,9 @@ def test_a_stopwatch_clocks_calls_coroutines_and_iterators() -> None:
     assert lap["wait"] >= 0.02
     assert 0.04 <= lap["items"] < 0.2
     assert watch.lap() == {}
+    seconds, processor = watch.totals()
+    assert seconds >= 0.04
+    assert processor < 0.03, "a sleep takes no processor"
     with pytest.raises(AttributeError):
         watch.wrap(worker, "missing", "missing")
 

@@ -15,10 +15,12 @@ from rlhf.records import (
     Bucket,
     Comparison,
     Message,
+    Pair,
     Probe,
     Prompt,
     Rollout,
     SampleRequest,
+    SealedRound,
     TensorSpec,
     Verdict,
     VersionSpan,
@@ -96,6 +98,17 @@ def test_a_conversation_that_is_shared_travels_once() -> None:
     assert len(cloudpickle.dumps(PackedComparisons(shared), protocol=5)) < 2000
     found = arrived(PackedComparisons(shared))
     assert {id(comparison.messages) for comparison in found} == {id(found[0].messages)}
+
+
+PAIRS = st.builds(
+    Pair, TEXTS, st.integers(1, 9), IDS, IDS, IDS, TEXTS, TEXTS, TEXTS, P, *[st.integers(-1, 9)] * 2, LOGPROBS, LOGPROBS
+)
+
+
+@given(pairs=st.lists(PAIRS, max_size=4).map(tuple), ordered=st.booleans())
+def test_a_sealed_round_arrives_as_it_was(pairs: tuple[Pair, ...], ordered: bool) -> None:
+    sealed = SealedRound(3, pairs, "digest", ordered, 2, 0.5)
+    assert arrived(sealed) == sealed
 
 
 def test_a_manifest_arrives_as_it_was() -> None:
