@@ -20,7 +20,7 @@ from rlhf.evaluation.summary import Rows, show_summary
 from rlhf.health import RestartBudget
 from rlhf.modelfiles import local_folder, tensor_shapes
 from rlhf.monitor.group import MonitorGroup
-from rlhf.planning import OFFLINE_STORE
+from rlhf.planning import OFFLINE_STORE, measure_examples
 from rlhf.ports import RoundEvaluator, SecondStream
 from rlhf.records import Pair
 from rlhf.rounds.anchor import AnchorStream
@@ -56,7 +56,9 @@ def train_preferences(config: OfflineConfig, fresh: bool = False) -> None:
     data = read_training_set(config.preferences, "preferences")
     segments = cut(config, len(data.train), config.learner.batch_size)
     held_out = [encode_pair(example, tokenizer, example.uid, 0) for example in data.held_out]
-    options, anchor, notes = config.anchor, None, data.notes
+    options, anchor, named = config.anchor, None, f"preferences.path = {config.preferences.path!r}"
+    long = measure_examples(config.learner, data.train, tokenizer).check(config.learner, named, "pairs to train on")
+    notes = (*data.notes, *long)
     if options:
         unseen = [example.messages for example in data.held_out]
         anchor, more = read_anchor(options, tokenizer, config.seed, unseen)
@@ -66,11 +68,17 @@ def train_preferences(config: OfflineConfig, fresh: bool = False) -> None:
         return {"anchor": AnchorStream(options, anchor.between, ledger)} if options and anchor else {}
 
     def evaluator(learner: LearnerGroup, monitor: MonitorGroup, folder: Path) -> RoundEvaluator:
-        return PreferenceEvaluator(held_out, config.learner.max_length, learner, monitor, folder)
+        found = PreferenceEvaluator(held_out, config.learner.max_length, learner, monitor, folder)
+        if found.left_out:
+            monitor.alert(
+                f"{found.left_out} of {len(held_out)} held-out pairs are longer than learner.max_length = "
+                f"{config.learner.max_length} tokens and left out"
+            )
+        return found
 
     work = OfflineWork(
         model=model,
-        data=f"preferences.path = {config.preferences.path!r}",
+        data=named,
         segments=segments,
         segment=PreferencePairs(data.train, tokenizer, segments).segment,
         group=1,

@@ -75,7 +75,7 @@ def _validate_offline(config: str, resolved: OfflineConfig) -> None:
     from rlhf.data.chat import load_tokenizer
     from rlhf.data.training_sets import read_preference_data, read_training_set
     from rlhf.modelfiles import local_folder
-    from rlhf.planning import longest_example, make_offline_plan, show_plan
+    from rlhf.planning import make_offline_plan, measure_offline, show_plan
 
     with naming(config):
         model = local_folder(resolved.policy.path, "policy.path")
@@ -83,11 +83,12 @@ def _validate_offline(config: str, resolved: OfflineConfig) -> None:
         remote = resolved.policy.trust_remote_code
         tokenizer = load_tokenizer(str(model), trust_remote_code=remote, key="policy.path")
         anchor, notes = read_preference_data(resolved.anchor, "anchor") if resolved.anchor else ((), ())
-        plan = make_offline_plan(resolved, longest_example(resolved.learner, data.train + anchor, tokenizer))
+        row, long = measure_offline(resolved, data, anchor, tokenizer)
+        plan = make_offline_plan(resolved, row)
     print(yaml.safe_dump(resolved.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     steps = -(-len(data.train) * resolved.epochs // resolved.learner.batch_size)
     print(f"{len(data.train)} pairs to train on in {steps} steps, {len(data.held_out)} held out")
-    show_plan(plan, [*data.notes, *notes], Console())
+    show_plan(plan, [*data.notes, *notes, *long], Console())
 
 
 @app.command()

@@ -101,3 +101,12 @@ class OfflineConfig(OfflineTraining):
     anchor: Anchor | None = Field(
         None, description="A second preference set, whose loss is added in every step; null has none."
     )
+
+    @model_validator(mode="after")
+    def _reference_stays(self) -> Self:
+        if self.learner.reference.policy == "round_start":
+            raise ValueError(
+                "learner.reference.policy = round_start: a segment of a preference set was not written by the policy "
+                "that it starts from, which every evaluation would equal; use initial or ema"
+            )
+        return self

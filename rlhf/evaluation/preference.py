@@ -27,13 +27,14 @@ class PreferenceEvaluator:
     ) -> None:
         """Results go to `folder`, a file a round, written last: it marks the round as evaluated.
 
-        Pairs longer than `max_length` are left out, as in training.
+        Pairs longer than `max_length` are left out, as in training; `left_out` says how many.
         """
         self._pairs = [
             pair
             for pair in pairs
             if len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) <= max_length
         ]
+        self.left_out = len(pairs) - len(self._pairs)
         self._learner = learner
         self._monitor = monitor
         self._folder = folder

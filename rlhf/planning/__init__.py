@@ -1,7 +1,8 @@
 """What a config needs: placement and memory by actor, from the model's config.json and safetensors headers alone."""
 
 from rlhf.planning.checks import check_inputs as check_inputs
-from rlhf.planning.checks import longest_example as longest_example
+from rlhf.planning.checks import measure_examples as measure_examples
+from rlhf.planning.checks import measure_offline as measure_offline
 from rlhf.planning.learner import Row as Row
 from rlhf.planning.learner import learner_memory as learner_memory
 from rlhf.planning.plan import OFFLINE_STORE as OFFLINE_STORE

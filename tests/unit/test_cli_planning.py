@@ -19,10 +19,10 @@ from rlhf.planning import (
     ModelSize,
     Row,
     engine_memory,
-    longest_example,
     longest_row,
     make_offline_plan,
     make_plan,
+    measure_examples,
     model_size,
     show_plan,
 )
@@ -147,12 +147,58 @@ def test_the_longest_example_is_found_by_its_characters() -> None:
     tokenizer = ending_tokenizer()
     # The template is so long that it takes most of this.
     learner = Learner(max_length=100, micro_batch_size=2)
-    found = longest_example(learner, examples, tokenizer)
+    found = measure_examples(learner, examples, tokenizer)
     turns = 1 + len("Human: ") + len("\n\nAssistant:")
     lengths = [(turns + len(e.messages[0]["content"]), len(e.chosen) + 1, len(e.rejected) + 1) for e in examples]
     fitting = [sum(one) for one in lengths if one[0] + max(one[1:]) <= 100]
     assert len(fitting) < 300
-    assert found.tokens == max(fitting)
+    assert found.row.tokens == max(fitting)
+    # A token a byte: what is longer in characters is longer in tokens, but for the two responses.
+    assert (found.total, found.long) == (300, 300 - len(fitting))
+    assert found.encoded < 300
+
+
+def test_a_pair_of_few_characters_and_many_tokens_counts_as_long() -> None:
+    # Long in characters through the response that is not the longer one; the run of pairs that fit is broken twice.
+    examples = [example("a", "p", "c" * 200, 0), *(example(f"{n}", "p", "c" * 50, n) for n in range(1, 10))]
+    examples += [PreferenceExample("b", examples[0].messages, "c" * 130, "r" * 130, None, 10)]
+    found = measure_examples(Learner(max_length=150), examples, ending_tokenizer())
+    assert (found.total, found.long, found.encoded) == (11, 2, 11)
+
+
+def test_pairs_that_are_too_long_are_said_and_refused_where_none_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    path = preferences(tmp_path)
+    data = f"preferences.path = {str(tmp_path / 'pairs.jsonl')!r}"
+    # Prompts of 25 or 26 tokens; responses of 5, 9, ... 29 with the end token, by the row's number modulo 7.
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["validate", str(path), "learner.max_length=46"])
+    assert not caught.value.code
+    shown = capsys.readouterr().out
+    assert f"{data}: 5 of 16 pairs to train on are longer than learner.max_length = 46 tokens and left out" in shown
+    assert f"{data}: 2 of 4 held-out pairs are longer than" in shown
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["validate", str(path), "learner.max_length=8"])
+    assert caught.value.code
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"{data}: all 16 pairs to train on are longer than learner.max_length = 8 tokens; raise it" in shown
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_preference_set_has_no_reference_at_the_rounds_start(tmp_path: Path, offline: bool) -> None:
+    path = preferences(tmp_path)
+    if not offline:
+        document = yaml.safe_load(path.read_text())
+        del document["preferences"]
+        document |= {"prompts": {"path": "p"}, "judge": {"type": "sentiment"}, "rounds": {"count": 1}}
+        path.write_text(yaml.safe_dump(document))
+        overrides = ["learner.reference.policy=round_start", "learner.max_length=2048"]
+        assert load_run(str(path), overrides).learner.reference.policy == "round_start"
+        return
+    with pytest.raises(InputError, match=r"learner\.reference\.policy = round_start: .*use initial or ema$"):
+        load_run(str(path), ["learner.reference.policy=round_start"])
 
 
 def preferences(folder: Path) -> Path:
