@@ -20,8 +20,9 @@ from tests.chaos.watching import View, Watch
 from tests.integration.conftest import ROOT
 
 POLL_S = 0.015
-MOMENT_S = 240.0
-"""The longest wait for a moment and for somebody to hit: starting again everything that was lost takes a minute."""
+MOMENT_S = 900.0
+"""The longest wait for a moment and for somebody to hit; to start again all that was lost takes half a minute, but ten
+times that on a machine that has other work."""
 
 END_S = 300.0
 """The longest that a run may take to its end after the last fault, or to end by itself on a full disk."""
@@ -120,11 +121,14 @@ class Harness:
                 ready = time.monotonic() >= soon
             else:
                 ready = view.round >= fault.round and fault.moment in view.moments and self._is_up(view)
-            if ready and self._victims(fault) is not None:
+            if not ready:
+                time.sleep(POLL_S)
+            elif self._victims(fault) is None:
+                time.sleep(0.2)  # nobody to hit: somebody is being started
+            else:
                 if fault.moment != Moment.RECOVERING:
                     time.sleep(fault.delay_s)
                 return True
-            time.sleep(POLL_S)
         return False
 
     def _inject(self, fault: Fault) -> None:

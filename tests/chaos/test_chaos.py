@@ -34,7 +34,9 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
         yield disk
 
 
-def config(model: Path, folder: Path, disk: Disk, rounds: int, lookahead: int = 0) -> dict[str, Any]:
+def config(
+    model: Path, folder: Path, disk: Disk, rounds: int, generators: int = 2, lookahead: int = 0
+) -> dict[str, Any]:
     """The tiny run: all threads and places set, no evaluation, every second round saved."""
     prompts = folder / "prompts.jsonl"
     rows = [{"prompt": f"Tell me about the number {n}."} for n in range(rounds * PROMPTS)]
@@ -46,7 +48,7 @@ def config(model: Path, folder: Path, disk: Disk, rounds: int, lookahead: int = 
         "prompts": {"path": str(prompts), "max_tokens": 64},
         "rounds": {"count": rounds, "prompts": PROMPTS, "lookahead": lookahead},
         "generator": {
-            "replicas": 2,
+            "replicas": generators,
             "samples": 2,
             "cpus": 1,
             "sampling": {"max_tokens": 24},
@@ -94,7 +96,7 @@ def note(name: str, outcome: Outcome, wrong: list[str], summaries: list[dict[str
 
 @pytest.mark.timeout(900)
 def test_an_engine_a_judge_a_learner_and_the_controller_die_and_nothing_is_lost(tmp_path, tiny_model, disk, summaries):
-    document = config(tiny_model, tmp_path, disk, rounds=6)
+    document = config(tiny_model, tmp_path, disk, rounds=5, generators=1)
     outcome, wrong = disturb(tmp_path, document, disk, SHORT)
     wrong += replayed(outcome, RANKS)
     note("short", outcome, wrong, summaries)
