@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 import torch
 
-Attention = Literal["sdpa", "flex", "flash"]
+Attention = Literal["eager", "sdpa", "flex", "flash"]
 
-NAMES: dict[Attention, str] = {"sdpa": "sdpa", "flex": "flex_attention", "flash": "flash_attention_2"}
+NAMES: dict[Attention, str] = {"eager": "eager", "sdpa": "sdpa", "flex": "flex_attention", "flash": "flash_attention_2"}
 """What transformers calls them."""
 
 TRUNK = 0

@@ -1,7 +1,6 @@
 """The one module given to DeepSpeed: from a batch to the log-probs of its response tokens."""
 
-import contextlib
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from rlhf.config.data import Policy
 from rlhf.errors import InputError
 from rlhf.learning.attention import mask_for
 from rlhf.learning.batch import Batch
+from rlhf.learning.logits import LogitTransform
 from rlhf.learning.logprobs import CHUNK, token_logprobs, token_logprobs_and_squares
 
 
@@ -22,10 +22,11 @@ class ResponseHead(nn.Module):
     call covers all chunks: ZeRO-3 gathers the weight once a call, and ranks may differ in their number of chunks.
     """
 
-    def __init__(self, linear: nn.Linear, chunk: int = CHUNK) -> None:
+    def __init__(self, linear: nn.Linear, transform: LogitTransform, chunk: int = CHUNK) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
+        self.transform = transform
         self.chunk = chunk
         self.keeps_squares = False
         """Keep log sum_v p_v^2 of each position in `log_sum_squares`: WPO's weights need it, nothing else does."""
@@ -33,9 +34,10 @@ class ResponseHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """float32 [T] from hidden [T, D] and targets int64 [T]."""
+        arguments = (hidden, self.weight, self.bias, targets, self.chunk, self.transform)
         if not self.keeps_squares:
-            return token_logprobs(hidden, self.weight, self.bias, targets, self.chunk)
-        logprobs, self.log_sum_squares = token_logprobs_and_squares(hidden, self.weight, self.bias, targets, self.chunk)
+            return token_logprobs(*arguments)
+        logprobs, self.log_sum_squares = token_logprobs_and_squares(*arguments)
         return logprobs
 
 
@@ -51,7 +53,7 @@ class PolicyModule(nn.Module):
         head = model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise InputError(f"policy.path: {type(model).__name__} has no linear LM head; use a causal language model")
-        model.set_output_embeddings(ResponseHead(head, chunk))
+        model.set_output_embeddings(ResponseHead(head, LogitTransform.of(model.config), chunk))
 
     @property
     def head(self) -> ResponseHead:
@@ -64,22 +66,36 @@ class PolicyModule(nn.Module):
         """Dtype of the parameters."""
         return next(self.model.parameters()).dtype
 
+    def float_parameters(self) -> "PolicyModule":
+        """Parameters in fp32, ties kept; buffers stay as they are."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+        return self
+
     def forward(self, batch: Batch) -> torch.Tensor:
         """Log-prob of each of the batch's targets, float32 [T]."""
+        # Models without positions of their own (ALiBi) take none.
+        positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
         hidden = self.model.base_model(
             input_ids=batch.input_ids,
             attention_mask=mask_for(self.model.config._attn_implementation, batch.segments, self.dtype),
-            position_ids=batch.position_ids,
             use_cache=False,
+            **positions,
         ).last_hidden_state
         chosen = hidden.flatten(0, 1).index_select(0, batch.predict)
         return self.head(chosen, batch.targets)
 
 
+def caps_attention(config: Any) -> bool:
+    """Does the model put its attention scores through a tanh (Gemma 2)?"""
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+
+
 def load_model(policy: Policy) -> Any:
     """The causal LM in the policy's dtype on the CPU, without dropout: the log-probs have to be those that sampled.
 
-    Raises `InputError` where there is no such model.
+    Its attention is SDPA, or eager where the model has none, or has more to its attention than SDPA can do. Raises
+    `InputError` where there is no such model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -89,9 +105,15 @@ def load_model(policy: Policy) -> Any:
         for name, value in config.to_dict().items():
             if isinstance(value, float) and (name.endswith("dropout") or name.endswith("_pdrop")):
                 setattr(config, name, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
-            policy.path, config=config, dtype=getattr(torch, policy.dtype), attn_implementation="sdpa", **options
-        )
+        options |= {"config": config, "dtype": getattr(torch, policy.dtype)}
+        load = partial(AutoModelForCausalLM.from_pretrained, policy.path, **options)
+        try:
+            # SDPA cannot cap attention scores, and transformers leaves the cap out without a word.
+            model = load(attn_implementation="eager" if caps_attention(config) else "sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model = load(attn_implementation="eager")
     except (OSError, ValueError) as error:
         where = "" if Path(policy.path).is_dir() else "; give a local folder or a Hugging Face id that can be reached"
         reason = str(error).strip().splitlines()[0]
@@ -99,16 +121,3 @@ def load_model(policy: Policy) -> Any:
     if config.vocab_size and model.get_output_embeddings() is None:
         raise InputError(f"policy.path = {policy.path!r}: not a causal language model")
     return model
-
-
-@contextlib.contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """Parameters in fp32 for a while; bf16 values come back bit for bit. Buffers stay as they are."""
-    kept = {id(p): (p, p.dtype) for p in model.parameters()}
-    for parameter, _ in kept.values():
-        parameter.data = parameter.data.float()
-    try:
-        yield
-    finally:
-        for parameter, dtype in kept.values():
-            parameter.data = parameter.data.to(dtype)

@@ -22,7 +22,8 @@ from rlhf.learning.flops import FlopCount, peak_flops
 from rlhf.learning.logprobs import token_logprobs
 from rlhf.learning.mask_probe import FLEX_TOLERANCE, TOLERANCE, Layout, choose_layout, flex_error, layout_error
 from rlhf.learning.parametrisation import Full
-from rlhf.learning.policy import PolicyModule, ResponseHead, in_float32, load_model
+from rlhf.learning.policy import PolicyModule, ResponseHead, load_model
+from rlhf.learning.probe_model import probe_model
 from rlhf.records import Pair
 
 VOCAB = 97
@@ -203,10 +204,10 @@ def test_extreme_logits_stay_finite():
 
 def test_probe_accepts_llama_and_is_quiet_about_dtype(module):
     for layout in (SHARED, PACKED, Layout(prefix_sharing=True, pack_tokens=64)):
-        assert layout_error(module, layout, 64) < TOLERANCE / 10
+        assert layout_error(probe_model(module), layout, 64) < TOLERANCE / 10
     half = PolicyModule(tiny().bfloat16())
     before = {name: value.clone() for name, value in half.named_parameters()}
-    assert layout_error(half, SHARED, 64) < TOLERANCE / 10
+    assert layout_error(probe_model(half), SHARED, 64) < TOLERANCE / 10
     for name, value in half.named_parameters():
         assert value.dtype == torch.bfloat16
         assert torch.equal(value, before[name])
@@ -214,8 +215,8 @@ def test_probe_accepts_llama_and_is_quiet_about_dtype(module):
 
 def test_probe_notices_a_sliding_window_that_matters():
     sliding = PolicyModule(tiny(MistralForCausalLM, MistralConfig, sliding_window=16))
-    assert layout_error(sliding, SHARED, 16) < TOLERANCE
-    assert layout_error(sliding, SHARED, 64) > 10 * TOLERANCE
+    assert layout_error(probe_model(sliding), SHARED, 16) < TOLERANCE
+    assert layout_error(probe_model(sliding), SHARED, 64) > 10 * TOLERANCE
     layout, note = choose_layout(sliding, Learner(max_length=64, pack_tokens=99), "cpu", "a-model")
     assert layout == Layout(prefix_sharing=False, pack_tokens=None)
     assert re.search(r"a-model does not honour the mask .* falling back to padded rows", note)
@@ -239,14 +240,6 @@ def test_attention_of_gpus_is_refused_on_a_cpu(module, name):
 def test_flash_attention_takes_no_mask(keys):
     with pytest.raises(ValueError, match=r"FlashAttention takes no such mask"):
         Learner(attention="flash", **keys)
-
-
-def test_in_float32_keeps_ties():
-    half = tiny().bfloat16()
-    with in_float32(half):
-        assert half.lm_head.weight is half.model.embed_tokens.weight
-        assert half.lm_head.weight.dtype == torch.float32
-    assert half.lm_head.weight.dtype == torch.bfloat16
 
 
 def test_causal_batch_scores_every_token_after_the_first(plain, module):
