@@ -87,9 +87,9 @@ async def scenario(folder: Path, device: str, transport: str) -> None:
         launcher = Launcher(config, cluster, config.policy.path, shapes)
         assert launcher.transport == transport
         parts = await launcher.start([PROBE], build_monitor(config, folder, 1), folder)
-        plane = build_plane(transport, config, parts.fleet, parts.learner, shapes, TOLERANCE)
+        plane = build_plane(transport, config, parts.fleet, parts.learner, shapes, TOLERANCE, print)
         before = await publish_and_compare(parts, plane, 0)
-        assert [report.round async for report in parts.learner.train(a_round())] == [1]
+        assert [report.round async for report in parts.learner.train(a_round(), {})] == [1]
         # The same group again, with weights that the engine could not have from anywhere else.
         after = await publish_and_compare(parts, plane, 1)
         assert np.abs(after - before).max() > 10 * TOLERANCE
