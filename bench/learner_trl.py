@@ -2,9 +2,11 @@
 
     python bench/learner_trl.py [PAIRS] [--steps 3] [--batch 16] [--micro 4] [--max-length 512]
 
-PAIRS is any preference set, runs/judge-pairs/train.jsonl by default (bench/judge_pairs.py makes it). Both take
-`--steps` optimizer steps of sigmoid DPO (beta 0.1, AdamW, bfloat16 weights) with the reference policy included; the
-first step of each warms up and does not count. The learner runs twice, prefix-shared and padded.
+PAIRS is any preference set; by default hh-rlhf's harmless-base-a.jsonl.gz in ../shared/data where it is there, else
+runs/judge-pairs/train.jsonl (bench/judge_pairs.py makes it). Both take `--steps` optimizer steps of sigmoid DPO (beta
+0.1, AdamW, bfloat16 weights) on the same pairs in the same order, with the reference policy included. The ratios are of
+the seconds of all steps; the medians leave out each one's first step, which warms up. The learner runs twice,
+prefix-shared and padded.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import socket
 import statistics
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
@@ -28,6 +31,8 @@ from rlhf.records import SealedRound
 from rlhf.rounds.offline import OfflineJob
 
 MODEL = "models/smollm2-135m-instruct"
+HH_RLHF = Path("../shared/data/hh-rlhf/harmless-base-a.jsonl.gz")
+SAMPLED = Path("runs/judge-pairs/train.jsonl")
 
 
 def ours(examples: list[PreferenceExample], options: argparse.Namespace, shared: bool) -> list[float]:
@@ -90,6 +95,7 @@ def theirs(examples: list[PreferenceExample], options: argparse.Namespace) -> li
         gradient_accumulation_steps=options.batch // options.micro,
         max_steps=options.steps,
         max_length=options.max_length,
+        train_sampling_strategy="sequential",
         beta=0.1,
         use_cpu=True,
         bf16=False,
@@ -114,7 +120,7 @@ def theirs(examples: list[PreferenceExample], options: argparse.Namespace) -> li
 def main() -> None:
     """Print seconds a step, pairs a second and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pairs", nargs="?", default="runs/judge-pairs/train.jsonl")
+    parser.add_argument("pairs", nargs="?", default=str(HH_RLHF if HH_RLHF.exists() else SAMPLED))
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro", type=int, default=4)
@@ -138,8 +144,12 @@ def main() -> None:
         print(
             f"{name:14s} {medians[name]:7.2f} s a step  {rate:5.2f} pairs/s  ({', '.join(f'{s:.1f}' for s in seconds)})"
         )
-    print(f"TRL / prefix-shared    {medians['TRL'] / medians['prefix-shared']:5.2f}")
-    print(f"padded / prefix-shared {medians['padded'] / medians['prefix-shared']:5.2f}")
+    totals = {name: sum(seconds) for name, seconds in found.items()}
+    print("all steps: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in totals.items()))
+    for name in ("prefix-shared", "padded"):
+        print(f"TRL / {name:13s} {totals['TRL'] / totals[name]:5.2f}  (medians {medians['TRL'] / medians[name]:.2f})")
+    ratio = totals["padded"] / totals["prefix-shared"]
+    print(f"padded / prefix-shared {ratio:5.2f}  (medians {medians['padded'] / medians['prefix-shared']:.2f})")
 
 
 if __name__ == "__main__":
