@@ -59,7 +59,8 @@ class LearnerActor:
 
     def start(self, address: str, port: int, deadline: float) -> list[str]:
         """Join the process group and load the model; returns what a user should know of it."""
-        self._learner.start(address, port, deadline)
+        with naming_memory():
+            self._learner.start(address, port, deadline)
         if self._transport == NCCL:
             # Loads vLLM, which a learner does without otherwise.
             from actors.engine.nccl import NcclSender
@@ -80,11 +81,13 @@ class LearnerActor:
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Summed log-probs of `pairs`, float64 [n, 2]."""
-        return self._learner.score(pairs).double().numpy()
+        with naming_memory():
+            return self._learner.score(pairs).double().numpy()
 
     def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Loss and rewards of `pairs`, equal on every rank."""
-        return self._learner.evaluate(pairs)
+        with naming_memory():
+            return self._learner.evaluate(pairs)
 
     def save(self, path: Path) -> None:
         """Write this rank's part of a checkpoint."""
@@ -113,7 +116,8 @@ class LearnerActor:
         This actor owns the buffers: they live as long as somebody holds the manifest. With NCCL and IPC there are none:
         the manifest only lists the tensors.
         """
-        logprobs = self._learner.probe(probes)
+        with naming_memory():
+            logprobs = self._learner.probe(probes)
         proofs = tuple(Probe(tuple(ids), found) for ids, found in zip(probes, logprobs, strict=True))
         if self._sender:
             table = self._sender.table()

@@ -1,9 +1,11 @@
 """What stops a learner: too many steps that cannot be taken, and a GPU without memory."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from actors.learner import naming_memory
+from actors.learner import LearnerActor, naming_memory
 from rlhf.errors import RLHFError
 from rlhf.learning.steps import StepRunner
 
@@ -27,3 +29,24 @@ def test_a_gpu_without_memory_is_one_line_that_says_what_to_lower() -> None:
     )
     with pytest.raises(ValueError, match="another"), naming_memory():
         raise ValueError("another")
+
+
+class WithoutMemory:
+    """A rank's learner on a GPU that has no memory left."""
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [("start", ("127.0.0.1", 1, 1.0)), ("score", ([],)), ("evaluate", ([],)), ("manifest", (1, ())), ("wake", ())],
+)
+def test_every_call_that_computes_names_the_memory(method: str, arguments: tuple[Any, ...]) -> None:
+    actor = LearnerActor.__new__(LearnerActor)
+    actor._learner = WithoutMemory()  # type: ignore[assignment]
+    with pytest.raises(RLHFError, match="learner: out of GPU memory"):
+        getattr(actor, method)(*arguments)
