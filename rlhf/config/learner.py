@@ -2,9 +2,10 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.base import Reserved, Section
+from rlhf.config.deepspeed import check_deepspeed
 from rlhf.config.lora import Lora
 from rlhf.config.loss import Loss as Loss
 from rlhf.config.offload import Offload, check_offload
@@ -28,6 +29,13 @@ class Optimizer(Section):
     )
     warmup_ratio: float = Field(0.0, ge=0, lt=1, description="Fraction of all rounds with a linear warm-up.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm.")
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError(f"learner.optimizer.betas = {list(value)}: both have to be at least 0 and below 1")
+        return value
 
 
 class Reference(Section):
@@ -112,7 +120,11 @@ class Learner(Section):
     max_skipped_steps: int = Field(
         10, ge=1, description="Stop the run after this many steps in a row whose loss or gradient is not finite."
     )
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="Merged over the generated DeepSpeed config.")
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Merged over the generated DeepSpeed config. What other keys decide (dtype, batch, optimizer, "
+        "clipping) is refused here.",
+    )
     cpus: int | None = Field(
         None, ge=1, description="CPU threads of one rank; null shares the local machine's cores among the ranks."
     )
@@ -127,6 +139,7 @@ class Learner(Section):
 
     @model_validator(mode="after")
     def _memory_fits(self) -> "Learner":
+        check_deepspeed(self.deepspeed)
         check_offload(self.offload, self.zero_stage, self.deepspeed)
         if self.compile and self.zero_stage == 3:
             raise ValueError(

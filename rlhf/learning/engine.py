@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rlhf.config.learner import Learner, Optimizer
-from rlhf.errors import DeadlineError, RLHFError
+from rlhf.errors import DeadlineError, InputError, RLHFError
 from rlhf.learning.compile import compile_layers
 from rlhf.learning.parametrisation import Mask
 from rlhf.learning.reshard import Piece, fill, optimizer_pieces, optimizer_shards, read_shards, weight_pieces
@@ -100,6 +100,20 @@ def deepspeed_config(learner: Learner, dtype: torch.dtype) -> dict[str, Any]:
     return merge(generated, learner.deepspeed)
 
 
+@contextmanager
+def naming_overrides(learner: Learner) -> Iterator[None]:
+    """What DeepSpeed says of a config with raw overrides becomes an `InputError`; without any it is a fault of ours."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        yield
+    except (DeepSpeedConfigError, ValueError, TypeError, AssertionError, KeyError) as error:
+        if not learner.deepspeed:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"learner.deepspeed: DeepSpeed refuses its config: {reason[:300]}") from error
+
+
 def build_optimizer(
     parameters: Sequence[tuple[str, nn.Parameter]], options: Optimizer, masked: Collection[int] = ()
 ) -> torch.optim.AdamW:
@@ -135,7 +149,8 @@ class TrainEngine:
         self._zero = _deepspeed(device).zero
         self.config = deepspeed_config(learner, dtype)
         optimizer = build_optimizer(parameters, learner.optimizer, masked)
-        self._engine, *_ = _deepspeed(device).initialize(model=module, optimizer=optimizer, config=self.config)
+        with naming_overrides(learner):
+            self._engine, *_ = _deepspeed(device).initialize(model=module, optimizer=optimizer, config=self.config)
         self._frozen = any(not parameter.requires_grad for parameter in module.parameters())
         self._parameters = list(parameters)
         self._offload = learner.offload.model_dump()
@@ -309,6 +324,7 @@ def frozen_engine(module: nn.Module, learner: Learner, dtype: torch.dtype, devic
         config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     # Nothing is optimised, so offloading an optimizer would only be refused.
     config["zero_optimization"].pop("offload_optimizer", None)
-    engine, *_ = _deepspeed(device).initialize(model=module, config=config)
+    with naming_overrides(learner):
+        engine, *_ = _deepspeed(device).initialize(model=module, config=config)
     engine.eval()
     return engine

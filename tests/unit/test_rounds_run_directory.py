@@ -118,7 +118,12 @@ def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
         ({"learner": {"optimizer": {"lr": 1e-6}}}, "learner.optimizer.lr", "3e-05", "1e-06"),
         ({"learner": {"batch_size": 8}}, "learner.batch_size", "16", "8"),
         ({"learner": {"reference": {"policy": "ema"}}}, "learner.reference.policy", "'initial'", "'ema'"),
-        ({"learner": {"deepspeed": {"fp16": {"enabled": True}}}}, "learner.deepspeed.fp16.enabled", "None", "True"),
+        (
+            {"learner": {"deepspeed": {"aio": {"overlap_events": True}}}},
+            "learner.deepspeed.aio.overlap_events",
+            "None",
+            "True",
+        ),
         ({"judge": {"type": "sentiment", "scale": 2.0}}, "judge.scale", "4.0", "2.0"),
         ({"pairing": {"strategy": "random"}}, "pairing.strategy", "'best_vs_worst'", "'random'"),
     ],
