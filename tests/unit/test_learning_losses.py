@@ -256,6 +256,22 @@ def test_a_mix_is_the_weighted_sum(logps):
         ({"name": "sigmoid", "f_divergence": "kl"}, "expected one of reverse_kl"),
         ({"name": "mix"}, "mix: expected terms"),
         ({"name": "mix", "terms": [("nope", 1.0, {})]}, "'nope'"),
+        ({"name": "robust", "label_smoothing": 0.5}, "label_smoothing = 0.5: expected less than 0.5"),
+        ({"name": "sigmoid", "label_smoothing": 2.0}, "label_smoothing = 2.0: expected less than 0.5"),
+        ({"name": "mix", "terms": [("cpo", 1.0, {"label_smoothing": -1.0})]}, "cpo: label_smoothing = -1.0"),
+        ({"name": "exo_pair", "label_smoothing": 0}, "exo_pair: label_smoothing = 0: its log"),
+        ({"name": "discopop", "tau": 5.0}, "discopop: tau = 5.0: expected less than or equal to 1"),
+        ({"name": "simpo", "gamma": float("nan")}, "simpo: gamma = "),
+        ({"name": "sigmoid", "beta": torch.tensor([0.1, 0.0])}, "beta = 0: expected positive"),
+        ({"name": "sigmoid", "beta": torch.tensor([-0.1, 1.0])}, "beta = -0.1: expected positive"),
+        ({"name": "sigmoid", "beta": torch.tensor(float("nan"))}, "beta = nan: expected positive"),
+        ({"name": "sigmoid", "beta": [0.1, 0.1]}, "beta = .0.1, 0.1.: expected a positive number"),
+        ({"name": "sft", "chosen_lengths": torch.ones(2, 1)}, r"chosen_lengths has shape \(2, 1\), expected \(2,\)"),
+        ({"name": "sft", "chosen_lengths": torch.tensor([3, 0])}, "chosen_lengths = 0: expected 1 or more"),
+        ({"name": "sft", "rejected_lengths": torch.tensor([3.0, float("nan")])}, "rejected_lengths = nan"),
+        ({"name": "sft", "mean_chosen_length": 0.0}, "mean_chosen_length = 0.0: expected a positive number"),
+        ({"name": "sigmoid", "weights": torch.ones(2, 1)}, r"weights has shape \(2, 1\)"),
+        ({"name": "sigmoid", "weights": torch.tensor([1.0, -1.0])}, "weights = -1: expected 0 or more"),
     ],
 )
 def test_bad_arguments(arguments, words):
@@ -267,3 +283,32 @@ def test_bad_arguments(arguments, words):
 def test_unequal_shapes_are_refused():
     with pytest.raises(InputError, match="1-D tensors"):
         preference_loss("sigmoid", torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(1), beta=0.1)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_lengths_may_be_integers(logps, name):
+    lengths = {"chosen_lengths": torch.arange(1, 17), "rejected_lengths": torch.arange(17, 1, -1)}
+    whole = {key: value.float() for key, value in lengths.items()}
+    assert torch.equal(loss(name, *logps, **lengths).losses, loss(name, *logps, **whole).losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_halves_are_taken_as_float32(name, dtype):
+    tensors = [torch.tensor([value], dtype=dtype).requires_grad_() for value in (-3e4, -2e4, -1e4, -1e4)]
+    result = loss(name, *tensors, **LENGTHS, beta=torch.tensor([4.0], dtype=dtype))
+    single = loss(name, *(tensor.detach().float() for tensor in tensors), **LENGTHS, beta=4.0)
+    assert all(torch.equal(ours, other) for ours, other in zip(result, single, strict=True))
+    assert all(value.dtype == torch.float32 and torch.isfinite(value).all() for value in result)
+    result.losses.sum().backward()
+    assert tensors[0].grad is not None
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.05, 1e-3])
+def test_discopop_is_finite_up_to_its_bound(tau):
+    for ratio in (-1e4, -1.0, 0.0, 1.0, 1e4):
+        policy = torch.tensor([ratio], requires_grad=True)
+        found = loss("discopop", policy, *(torch.zeros(1),) * 3, beta=1.0, tau=tau).losses
+        found.backward()
+        assert torch.isfinite(found).all()
+        assert torch.isfinite(policy.grad).all()

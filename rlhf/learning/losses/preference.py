@@ -1,7 +1,6 @@
 """The public loss function: checks, options that all losses share, weighted sums."""
 
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from rlhf.config.loss import LOSS_FACTS
 from rlhf.errors import InputError
 from rlhf.learning.losses.base import LossFunction, PairInputs, PreferenceLoss
+from rlhf.learning.losses.checks import check_options, logprobs, per_pair, positive
 from rlhf.learning.losses.divergence import score_function
 from rlhf.learning.losses.exploration import optimism
 from rlhf.learning.losses.registry import LOSSES
@@ -40,25 +40,39 @@ def preference_loss(
 ) -> PreferenceLoss:
     """Per-pair losses of the registered loss `name`, with the implicit rewards.
 
-    The four log-probs are float [n], each the sum over a response's tokens in nats. `beta` is one positive number
-    or float [n]. Losses without a reference do not read the reference's. Lengths are tokens, [n]; losses per token
-    need them. `mean_chosen_length` is taken over the optimizer step, so that likelihood terms are a mean over all of
-    its tokens; None is the mean of these pairs. `weights` float [n] multiply the losses (WPO). `name` "mix" adds up
-    `terms`. `exploration` "selm" or "xpo" adds `exploration_alpha` times the mean of its term over the responses
-    `explored`, bool [n, 2], None being all. `options` are the loss's own, and `rpo_alpha`, the weight of an NLL term.
+    The four log-probs are float [n], each the sum over a response's tokens in nats; halves are taken as float32. `beta`
+    is one positive number or float [n]. Losses without a reference do not read the reference's. Lengths are tokens,
+    [n]; losses per token need them. `mean_chosen_length` is taken over the optimizer step, so that likelihood terms are
+    a mean over all of its tokens; None is the mean of these pairs. `weights` float [n] multiply the losses (WPO).
+    `name` "mix" adds up `terms`. `exploration` "selm" or "xpo" adds `exploration_alpha` times the mean of its term over
+    the responses `explored`, bool [n, 2], None being all. `options` are the loss's own, and `rpo_alpha`, the weight of
+    an NLL term.
 
     Returns `(losses, chosen_rewards, rejected_rewards)`, float [n] each; rewards carry beta and no gradient: beta
     times the log-ratio, without a reference beta times the log-prob, of SimPO and ORPO the log-prob per token.
-    Raises `InputError` for an unknown name or option, a missing length, shapes that differ, or `exploration` with
-    what it means nothing to.
+    Raises `InputError` for an unknown name or option, one out of its bounds, a missing length or one below 1, shapes
+    that differ, or `exploration` with what it means nothing to.
     """
-    tensors = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    _check(name, tensors, beta)
-    if name == "mix" and (options or not terms):
+    if name != "mix":
+        _lookup(name)
+    elif options or not terms:
         raise InputError(f"preference_loss mix: expected terms and no option of a single loss, got {sorted(options)}")
-    inputs = PairInputs(
-        *tensors, beta, score_function(f_divergence, f_alpha), chosen_lengths, rejected_lengths, mean_chosen_length
+    tensors = logprobs(
+        name, (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
     )
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = tensors
+    inputs = PairInputs(
+        policy_chosen,
+        policy_rejected,
+        reference_chosen,
+        reference_rejected,
+        positive(name, "beta", beta, tensors[0]),
+        score_function(f_divergence, f_alpha),
+        per_pair(name, "chosen_lengths", chosen_lengths, tensors[0], 1),
+        per_pair(name, "rejected_lengths", rejected_lengths, tensors[0], 1),
+        None if mean_chosen_length is None else positive(name, "mean_chosen_length", mean_chosen_length, tensors[0]),
+    )
+    weights = per_pair(name, "weights", weights, tensors[0], 0)
     parts = terms if name == "mix" else [(name, 1.0, options)]
     losses = torch.stack([weight * _single(part, inputs, f_divergence, own) for part, weight, own in parts]).sum(0)
     names = [part for part, _, _ in parts]
@@ -75,6 +89,7 @@ def _single(name: str, inputs: PairInputs, f_divergence: str, options: dict[str,
     function, facts = _lookup(name), LOSS_FACTS[name]
     if f_divergence != "reverse_kl" and not (facts.divergence or name == "sft"):
         raise InputError(f"preference_loss {name}: f_divergence = {f_divergence!r} does not apply; use reverse_kl")
+    check_options(name, options)
     own = dict(options)
     nll = own.pop("rpo_alpha", facts.nll)
     known = [key for key in inspect.signature(function).parameters if key != "inputs"]
@@ -103,18 +118,3 @@ def _rewards(names: Sequence[str], inputs: PairInputs) -> tuple[torch.Tensor, to
     else:
         chosen, rejected = inputs.policy_chosen, inputs.policy_rejected
     return (inputs.beta * chosen).detach(), (inputs.beta * rejected).detach()
-
-
-def _check(name: str, tensors: Sequence[torch.Tensor], beta: float | torch.Tensor) -> None:
-    if name != "mix":
-        _lookup(name)
-    shapes = {tuple(tensor.shape) for tensor in tensors}
-    if len(shapes) != 1 or tensors[0].dim() != 1:
-        raise InputError(
-            f"preference_loss {name}: expected four 1-D tensors of one length, got shapes {sorted(shapes)}"
-        )
-    if isinstance(beta, torch.Tensor):
-        if beta.shape not in (torch.Size([]), tensors[0].shape):
-            raise InputError(f"preference_loss {name}: beta has shape {tuple(beta.shape)}, expected one value a pair")
-    elif not (math.isfinite(beta) and beta > 0):
-        raise InputError(f"preference_loss {name}: beta = {beta}: expected a positive number")
