@@ -116,6 +116,13 @@ def test_schedules_closed_form():
     assert learning_rate(warm, 1.0) == pytest.approx(0.0, abs=1e-12)
 
 
+@pytest.mark.parametrize("betas", [[1.0, 0.9], [0.9, 1.0], [-0.1, 0.9], [0.9, 2.0]])
+def test_betas_that_no_average_has_are_refused(betas):
+    with pytest.raises(ValueError, match=r"learner\.optimizer\.betas = \[.*\]: both have to be at least 0 and below 1"):
+        Optimizer(betas=betas)
+    assert Optimizer(betas=[0.0, 0.999]).betas == (0.0, 0.999)
+
+
 def test_fraction_is_the_middle_of_the_step():
     def done(round: int, step: int, steps: int, rounds: int) -> float:
         return fraction_done(SealedRound(round, (), ""), step, steps, rounds)
