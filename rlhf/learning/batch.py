@@ -14,8 +14,8 @@ from rlhf.records import Pair
 class Batch:
     """Rows for one forward pass, and where in them response tokens are predicted.
 
-    Sequence 2i is pair i's chosen response and 2i + 1 its rejected one. The last token of a response is a target
-    only: as an input it would predict nothing.
+    Sequence 2i is pair i's chosen response and 2i + 1 its rejected one, which may have no tokens. The last token of a
+    response is a target only: as an input it would predict nothing.
     """
 
     input_ids: torch.Tensor
@@ -68,7 +68,7 @@ class Document:
     """Tokens that see each other: a trunk, and branches after it that do not see one another.
 
     A branch's positions go on from the trunk's end. `scored` are the responses: the trunk's last position predicts the
-    first token of each, and a branch holds all but its last token.
+    first token of each, and a branch holds all but its last token. Of a response without tokens there is nothing.
     """
 
     trunk: Sequence[int]
@@ -82,7 +82,7 @@ class Document:
     @property
     def lengths(self) -> list[int]:
         """Input tokens of the trunk and of each branch."""
-        return [len(self.trunk), *(len(response) - 1 for response in self.scored)]
+        return [len(self.trunk), *(max(0, len(response) - 1) for response in self.scored)]
 
     @property
     def positions(self) -> list[int]:
@@ -102,11 +102,16 @@ class Document:
 
 
 def build_batch(pairs: Sequence[Pair], *, prefix_sharing: bool, packed: bool = False) -> Batch:
-    """Rows of `pairs` (each with a prompt and two responses of one token or more) on the CPU; `packed` in one row."""
-    if prefix_sharing:
-        documents = [Document(p.prompt_ids, (p.chosen_ids, p.rejected_ids)) for p in pairs]
-    else:
-        documents = [Document(p.prompt_ids, (ids,)) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+    """Rows of `pairs` on the CPU; `packed` in one row. Each has a prompt, a chosen response, and maybe a rejected one.
+
+    The log-probs of a rejected response without tokens add up to 0.
+    """
+    documents = []
+    for pair in pairs:
+        if prefix_sharing or not pair.rejected_ids:
+            documents.append(Document(pair.prompt_ids, (pair.chosen_ids, pair.rejected_ids)))
+        else:
+            documents += [Document(pair.prompt_ids, (ids,)) for ids in (pair.chosen_ids, pair.rejected_ids)]
     return _lay([documents] if packed else [[document] for document in documents])
 
 
@@ -155,7 +160,9 @@ def _predicting(document: Document, start: int) -> Iterable[int]:
     """Places whose hidden states predict the scored tokens, for a document that starts at `start`."""
     trunk, *branches = document.lengths
     branch = start + trunk
-    for length in branches:
+    for length, response in zip(branches, document.scored, strict=True):
+        if not response:
+            continue
         yield start + trunk - 1
         yield from range(branch, branch + length)
         branch += length

@@ -36,7 +36,7 @@ from rlhf.learning.reference import (
 from rlhf.learning.reshard import as_pieces, fill_named
 from rlhf.learning.rng import restore_rng, rng_state, seed_all
 from rlhf.learning.schedule import fraction_done, learning_rate
-from rlhf.learning.setup import Setup
+from rlhf.learning.setup import Setup, unique_tokens
 from rlhf.learning.steps import Grouping, Mismatch, StepRunner
 from rlhf.learning.streams import Streams
 from rlhf.learning.subset import Subset
@@ -312,9 +312,9 @@ class RankLearner:
             epochs, seconds = self.setup.learner.epochs, reference_s + learn_s
             # The reference's forward; of each epoch forward and backward, in which frozen weights get no gradient.
             passes = int(self.setup.learner.loss.needs_reference) + (2 + self._trained_share) * epochs
-            tokens = sum(self.setup.cost(pair) for pair in pairs) * epochs
-            result["perf/learner_tokens_per_s"] = tokens / seconds
-            result["perf/mfu"] = passes * self._flops.forward(pairs) / seconds / self._peak
+            computed = [self.setup.trained(pair) for pair in pairs]
+            result["perf/learner_tokens_per_s"] = sum(map(unique_tokens, computed)) * epochs / seconds
+            result["perf/mfu"] = passes * self._flops.forward(computed) / seconds / self._peak
         return result
 
 

@@ -1,7 +1,7 @@
 """What the parts of one rank share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,10 +23,19 @@ class Setup:
     dtype: torch.dtype
     layout: Layout
 
+    @property
+    def chosen_only(self) -> bool:
+        """Has the rejected response no part in the loss? Then no training step computes it."""
+        return set(self.learner.loss.names) == {"sft"}
+
+    def trained(self, pair: Pair) -> Pair:
+        """What of a pair a training step computes."""
+        return replace(pair, rejected_ids=(), rejected_logprobs=()) if self.chosen_only else pair
+
     def cost(self, pair: Pair) -> int:
         """Tokens that a pair puts through the model in this layout."""
-        prompts = 1 if self.layout.prefix_sharing else 2
-        return prompts * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        repeated = 0 if self.layout.prefix_sharing or not pair.rejected_ids else len(pair.prompt_ids)
+        return repeated + unique_tokens(pair)
 
     def micro_batches(self, costs: Sequence[int], size: int = 1) -> list[list[int]]:
         """This rank's micro-batches, as indices into `costs`, the tokens of units of `size` pairs."""
@@ -42,3 +51,8 @@ class Setup:
     def filler(self, pairs: Sequence[Pair]) -> Pair:
         """The cheapest pair, for a rank that has to run a micro-batch without having one."""
         return min(pairs, key=self.cost)
+
+
+def unique_tokens(pair: Pair) -> int:
+    """Tokens of a pair with its prompt once: what throughput counts, whatever the layout."""
+    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)

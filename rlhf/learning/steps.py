@@ -30,6 +30,8 @@ SUMS = (
     "abs_logratio_sum",
     "kl",
 )
+OF_REJECTED = ("rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/rejected")
+"""Metrics of a step that need the rejected responses' log-probs."""
 
 
 @dataclass(slots=True)
@@ -125,7 +127,7 @@ class StepRunner:
         `train/skipped` is 1, what is not finite is left out.
         """
         setup, parts = self.setup, [Part(MAIN, pairs, reference, reference_version=reference_version), *others]
-        every = [pair for part in parts for pair in part.pairs]
+        every = [setup.trained(pair) for part in parts for pair in part.pairs]
         micros = grouping.plan([setup.cost(pair) for pair in every], setup)
         terms = [_Term(part, self._step_loss(part, len(micros)), self.betas(part.pairs)) for part in parts]
         sums = torch.zeros(len(parts), len(SUMS), dtype=torch.float64, device=setup.device)
@@ -146,7 +148,7 @@ class StepRunner:
         metrics = self._metrics(rows[0], len(pairs), mean_beta, lr, norm, stepped)
         for part, row in zip(others, rows[1:], strict=True):
             means = {name: value / len(part.pairs) for name, value in row.items()}
-            metrics |= stream_metrics(part.name, means, len(part.pairs))
+            metrics |= stream_metrics(part.name, means, len(part.pairs), accuracy=not setup.chosen_only)
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def betas(self, pairs: Sequence[Pair]) -> float | torch.Tensor:
@@ -254,4 +256,7 @@ class StepRunner:
         }
         if not self.setup.learner.loss.needs_reference:
             del metrics["kl/mean"]  # there is nothing that the policy could have moved away from
+        if self.setup.chosen_only:
+            for name in OF_REJECTED:
+                del metrics[name]
         return metrics

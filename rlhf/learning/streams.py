@@ -116,8 +116,11 @@ def split(parts: Sequence[Part], micro: Sequence[int]) -> Iterator[tuple[int, li
         start += len(part.pairs)
 
 
-def stream_metrics(name: str, means: Mapping[str, float], count: int) -> Iterable[tuple[str, float]]:
-    """What is reported of a stream beside the main one."""
+def stream_metrics(
+    name: str, means: Mapping[str, float], count: int, accuracy: bool = True
+) -> Iterable[tuple[str, float]]:
+    """What is reported of a stream beside the main one; its `accuracy` where rejected responses are computed."""
     yield f"{name}/loss", means["loss"]
-    yield f"{name}/rewards/accuracies", means["rewards/accuracies"]
+    if accuracy:
+        yield f"{name}/rewards/accuracies", means["rewards/accuracies"]
     yield f"{name}/pairs", float(count)

@@ -5,17 +5,19 @@ import math
 import pytest
 import torch
 
-from tests.integration.ranks import make_config, make_round, rank_main, run_cases, start_learner, token_logprobs
+from tests.integration.ranks import SPLIT, make_config, make_round, rank_main, run_cases, start_learner, token_logprobs
 
 LOSSES = {
     "sorted": {"type": "mix", "terms": [{"type": "aot"}, {"type": "aot_unpaired", "weight": 0.5}, {"type": "sft"}]},
     "weighted": {"type": "sigmoid", "use_weighting": True},
     "shifted": {"type": "bco_pair", "reward_shift": True, "ld_alpha": 0.3},
     "per_token": {"type": "simpo", "beta": 2.0, "rpo_alpha": 0.5},
+    "tuned": {"type": "sft"},
 }
+WITHOUT_REFERENCE = ("per_token", "tuned")
 LAYOUTS = {
     1: {"whole": {}, "accumulated": {"micro_batch_size": 1, "prefix_sharing": False}},
-    2: {"zero2": {"micro_batch_size": 1}, "zero3": {"zero_stage": 3}},
+    2: {"zero2": {"micro_batch_size": 1}, "zero3": SPLIT},
 }
 CASES = {
     world_size: {
@@ -35,7 +37,7 @@ def run_case(folder, name, learner, rank, world_size, port):
     steps = [report.metrics for report in one.train(make_round(1, 9))]
     one.save(folder / f"checkpoint-{name}")
     steps += [report.metrics for report in one.train(make_round(2, 5))]
-    result = {"steps": steps, "weights": dict(one.export_tensors())}
+    result = {"steps": steps, "weights": dict(one.export_tensors()), "statistics": one.statistics()}
     if learner["loss"].get("reward_shift"):
         again = build()
         again.load(folder / f"checkpoint-{name}")
@@ -66,7 +68,26 @@ def test_every_layout_gives_one_answer(folder, name):
     losses = [step["train/loss"] for step in whole["steps"]]
     assert len(losses) == 5
     assert len(set(losses)) == len(losses)
-    assert ("kl/mean" in whole["steps"][0]) == (name != "per_token")
+    assert ("kl/mean" in whole["steps"][0]) == (name not in WITHOUT_REFERENCE)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_throughput_counts_each_token_once_in_any_layout(folder, name):
+    pairs = [pair for pair in make_round(2, 5).pairs if pair.uid != "long"]
+    tokens = sum(
+        len(pair.prompt_ids) + len(pair.chosen_ids) + (0 if name == "tuned" else len(pair.rejected_ids))
+        for pair in pairs
+    )
+    for layout in ("whole", "accumulated", "zero2", "zero3"):
+        found = load(folder, name, layout)["statistics"]
+        seconds = found["timing_s/reference"] + found["timing_s/learn"]
+        assert found["perf/learner_tokens_per_s"] * seconds == pytest.approx(tokens), layout
+
+
+def test_fine_tuning_reports_nothing_of_the_rejected_responses(folder):
+    for steps in (load(folder, "tuned", layout)["steps"] for layout in ("whole", "accumulated", "zero2", "zero3")):
+        of_responses = {name for step in steps for name in step if name.startswith(("rewards/", "logps/"))}
+        assert of_responses == {"rewards/chosen", "logps/chosen"}
 
 
 @pytest.mark.parametrize("name", LOSSES)
