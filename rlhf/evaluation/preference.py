@@ -52,6 +52,11 @@ class PreferenceEvaluator:
         """`eval/{loss,rewards/*,logps/*}` over the held-out pairs, under the names of the step metrics."""
         with self._monitor.progress("evaluate", None):
             found = await self._learner.evaluate(self._pairs)
+        if "loss" not in found:
+            self._monitor.alert(
+                f"round {round}: the loss of the held-out pairs is not finite; lower learner.optimizer.lr or "
+                "learner.loss.beta, or go back to an older checkpoint"
+            )
         metrics = {f"eval/{name}": value for name, value in found.items()} | {"eval/pairs": float(len(self._pairs))}
         self._monitor.log("eval", round, metrics)
         self._folder.mkdir(exist_ok=True)

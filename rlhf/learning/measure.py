@@ -24,17 +24,17 @@ def measure(steps: StepRunner, pairs: Sequence[Pair], reference: torch.Tensor) -
         loss = StepLoss.of(options, pairs, steps.setup.device, steps.shift.value)
         if loss.matches:
             loss.match(policy, reference)
-        losses, chosen, rejected = loss(policy, reference, list(range(len(pairs))), steps.betas(pairs), None)
+        found = loss(policy, reference, list(range(len(pairs))), steps.betas(pairs), None)
     means = {
-        "loss": losses,
-        "rewards/chosen": chosen,
-        "rewards/rejected": rejected,
-        "rewards/margins": chosen - rejected,
-        "rewards/accuracies": chosen > rejected,
+        "loss": found.losses,
+        "rewards/chosen": found.chosen_rewards,
+        "rewards/rejected": found.rejected_rewards,
+        "rewards/margins": found.chosen_rewards - found.rejected_rewards,
+        "rewards/accuracies": found.accuracies,
         "logps/chosen": policy[:, 0],
         "logps/rejected": policy[:, 1],
     }
     if options.needs_reference:
         means["kl/mean"] = (policy - reference).mean(1)
-    found = {name: float(values.double().mean()) for name, values in means.items()}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    numbers = {name: float(values.double().mean()) for name, values in means.items()}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}

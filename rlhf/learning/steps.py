@@ -219,7 +219,7 @@ class StepRunner:
             losses.detach(),
             chosen,
             rejected,
-            (chosen > rejected).double(),
+            values.accuracies,
             *policy.detach().unbind(1),
             logratios[:, 0] - logratios[:, 1],
             logratios.abs().mean(1),

@@ -7,7 +7,8 @@ import torch
 
 from actors.learner import LearnerActor, naming_memory
 from rlhf.errors import RLHFError
-from rlhf.learning.steps import StepRunner
+from rlhf.learning.losses import PreferenceLoss
+from rlhf.learning.steps import SUMS, StepRunner
 
 
 def runner(in_a_row: int) -> StepRunner:
@@ -50,3 +51,19 @@ def test_every_call_that_computes_names_the_memory(method: str, arguments: tuple
     actor._learner = WithoutMemory()  # type: ignore[assignment]
     with pytest.raises(RLHFError, match="learner: out of GPU memory"):
         getattr(actor, method)(*arguments)
+
+
+def test_accuracy_counts_ties_half_and_is_nothing_where_a_reward_is_nothing() -> None:
+    nan, inf = float("nan"), float("inf")
+    chosen = torch.tensor([1.0, 1.0, 1.0, nan, inf, 2.0, inf])
+    rejected = torch.tensor([0.5, 1.0, 1.5, 1.0, 1.0, nan, inf])
+    found = PreferenceLoss(chosen, chosen, rejected).accuracies
+    assert torch.equal(found.nan_to_num(-1.0), torch.tensor([1, 0.5, 0, -1, 1, -1, -1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("reward", "accuracy"), [(2.0, 1.0), (1.0, 0.5), (float("nan"), None)])
+def test_a_steps_accuracy_is_that_of_its_rewards(reward: float, accuracy: float | None) -> None:
+    ones = torch.ones(2)
+    sums = runner(1)._sums(PreferenceLoss(ones, reward * ones, ones), torch.ones(2, 2), torch.ones(2, 2))
+    found = dict(zip(SUMS, sums.tolist(), strict=True))["rewards/accuracies"] / 2
+    assert found == accuracy or (accuracy is None and found != found)

@@ -16,6 +16,16 @@ class PreferenceLoss(NamedTuple):
     chosen_rewards: torch.Tensor
     rejected_rewards: torch.Tensor
 
+    @property
+    def accuracies(self) -> torch.Tensor:
+        """1 where the chosen response has the larger reward, 1/2 where they are equal; float64 [n].
+
+        A policy that is its reference has ties only, and knows nothing: one half. NaN where the rewards cannot be
+        compared, so that what is broken does not count as wrong.
+        """
+        difference = self.chosen_rewards.double() - self.rejected_rewards.double()
+        return torch.where(difference.isnan(), difference, (difference.sign() + 1) / 2)
+
 
 LossFunction = Callable[..., torch.Tensor]
 """`(inputs: PairInputs, *, its own options) -> losses`, float [n]."""

@@ -48,14 +48,17 @@ def positive(name: str, key: str, value: Any, like: torch.Tensor) -> float | tor
     return value
 
 
-def per_pair(name: str, key: str, value: torch.Tensor | None, like: torch.Tensor, lowest: float) -> torch.Tensor | None:
-    """`value` [n] in the dtype of `like` [n], none of it below `lowest`; None stays."""
+def per_pair(
+    name: str, key: str, value: torch.Tensor | None, like: torch.Tensor, lowest: float, finite: bool = True
+) -> torch.Tensor | None:
+    """`value` [n] in the dtype of `like` [n], none of it below `lowest`, and all of it `finite`; None stays."""
     if value is None:
         return None
     if not isinstance(value, torch.Tensor) or value.shape != like.shape:
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise InputError(f"preference_loss {name}: {key} has shape {found}, expected {tuple(like.shape)}")
-    wrong = value.detach()[~((value >= lowest) & torch.isfinite(value))]
+    given = value.detach()
+    wrong = given[(given < lowest) | (~torch.isfinite(given) & finite)]
     if len(wrong):
         raise InputError(f"preference_loss {name}: {key} = {wrong[0].item():g}: expected {lowest:g} or more")
     return value.to(like.dtype)

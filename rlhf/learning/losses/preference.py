@@ -72,7 +72,8 @@ def preference_loss(
         per_pair(name, "rejected_lengths", rejected_lengths, tensors[0], 1),
         None if mean_chosen_length is None else positive(name, "mean_chosen_length", mean_chosen_length, tensors[0]),
     )
-    weights = per_pair(name, "weights", weights, tensors[0], 0)
+    # Weights come of the policy: where it is not finite the loss must not be either, so that the step is skipped.
+    weights = per_pair(name, "weights", weights, tensors[0], 0, finite=False)
     parts = terms if name == "mix" else [(name, 1.0, options)]
     losses = torch.stack([weight * _single(part, inputs, f_divergence, own) for part, weight, own in parts]).sum(0)
     names = [part for part, _, _ in parts]
