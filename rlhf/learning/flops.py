@@ -1,7 +1,7 @@
 """Model FLOPs of a preference step, and the peak they are measured against."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,13 +13,25 @@ PEAK_BF16 = {"H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 98
 """Dense bf16 FLOP/s by a part of the GPU's name, from the makers' data sheets; first match counts."""
 
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of model configs for the experts of a layer."""
+ACTIVE = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
+"""Keys for the experts that one token goes through."""
+
+
 class FlopCount:
-    """Counts multiply-adds as two, shared prefixes once, recomputation not at all, the head at response tokens only."""
+    """Counts multiply-adds as two, shared prefixes once, recomputation not at all, the head at response tokens only,
+    and of a mixture's experts those that a token goes through."""
 
     def __init__(self, model: Any) -> None:
         """`model` is the causal LM, whole (before ZeRO-3 splits it)."""
         embeddings = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-        self._body = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings)
+        share = _active_share(model)
+        self._body = sum(
+            p.numel() * share(name, p)
+            for name, p in model.named_parameters()
+            if p.dim() >= 2 and id(p) not in embeddings
+        )
         self._head = model.get_output_embeddings().weight.numel()
         config = model.config.get_text_config()
         heads = config.num_attention_heads
@@ -36,6 +48,22 @@ class FlopCount:
             seen = _triangle(prompt) + sum(prompt * n + _triangle(n) for n in (chosen, rejected))
             total += 2 * (self._body * tokens + self._head * (chosen + rejected) + self._attention * seen)
         return total
+
+
+def _active_share(model: Any) -> Callable[[str, nn.Parameter], float]:
+    """The share of a parameter that one token is multiplied with: below 1 for the experts of a mixture, else 1."""
+    config = model.config.get_text_config()
+    total, active = (
+        next((value for key in keys if isinstance(value := getattr(config, key, None), int) and value), 0)
+        for keys in (EXPERTS, ACTIVE)
+    )
+
+    def share(name: str, parameter: nn.Parameter) -> float:
+        # Named so, or stacked; a shared expert is neither.
+        routed = "experts" in name.split(".") or (parameter.dim() == 3 and parameter.shape[0] == total)
+        return active / total if active and total and routed else 1.0
+
+    return share
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:

@@ -13,12 +13,17 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
 )
 
 from rlhf.config.data import Policy
 from rlhf.config.learner import Learner
 from rlhf.errors import InputError
 from rlhf.learning.batch import build_batch
+from rlhf.learning.flops import FlopCount
 from rlhf.learning.logits import LogitTransform
 from rlhf.learning.logprobs import token_logprobs, token_logprobs_and_squares
 from rlhf.learning.mask_probe import Layout, choose_layout, layout_error
@@ -214,3 +219,18 @@ def test_memory_that_runs_out_is_no_refusal_of_the_mask():
     with pytest.raises(torch.OutOfMemoryError):
         layout_error(probe, Layout(prefix_sharing=True), 64)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "key"),
+    [
+        (MixtralForCausalLM, MixtralConfig, "num_local_experts"),
+        (Qwen2MoeForCausalLM, Qwen2MoeConfig, "num_experts"),
+    ],
+)
+def test_flops_count_the_experts_that_a_token_goes_through(kind, config, key):
+    sizes = SIZES | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num_experts_per_tok": 2}
+    few, many = (FlopCount(kind(config(**sizes | {key: count}))).forward(PAIRS) for count in (2, 8))
+    tokens = sum(len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in PAIRS)
+    # Six more rows of each layer's router are all that is more.
+    assert many - few == pytest.approx(2 * tokens * SIZES["num_hidden_layers"] * SIZES["hidden_size"] * 6)
