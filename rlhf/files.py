@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,12 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, StorageError) or not any(said in str(error) for said in _SAID):
             raise
-        raise _storage_error(path, str(error).splitlines()[0]) from error
+        raise _storage_error(path, f"{str(error).splitlines()[0]}; {_free(path) >> 20} MiB free") from error
+
+
+def _free(path: Path) -> int:
+    """Bytes that are free where `path` lies, or would."""
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def _storage_error(where: object, why: object) -> StorageError:

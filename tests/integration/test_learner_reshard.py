@@ -5,7 +5,9 @@ loaded; two ranks load that and go on.
 """
 
 import math
+import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -86,9 +88,9 @@ def run_phase(folder, phase, rank, world_size, port):
             learner.save(then)
         return found | {"after": go_on(learner)}
 
-    def refused(learner, path):
+    def refused(call, path):
         with pytest.raises(RLHFError) as error:
-            learner.load(path)
+            call(path)
         return str(error.value)
 
     for name, settings in SAVED.items():
@@ -103,7 +105,10 @@ def run_phase(folder, phase, rank, world_size, port):
         elif phase == "load":
             result["main"] = loaded(LOADED[name], folder / name, then=folder / f"{name}-one")
             if name == "lora2":
-                result["refused"] = refused(build({}), folder / name)
+                result["refused"] = refused(build({}).load, folder / name)
+            if (folder / "disk").is_mount():
+                result["full"] = refused(build(settings).save, folder / "disk" / "checkpoint")
+
             for stage in MORE.get(name, ()):
                 result[stage] = loaded({**settings, "zero_stage": int(stage)}, folder / name)
         else:
@@ -153,6 +158,18 @@ def main():
 # ---- the tests ----
 
 
+@contextmanager
+def small_disk(path):
+    """A file system of 8 KiB, where one may be mounted."""
+    path.mkdir(exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", path], capture_output=True)
+    try:
+        yield
+    finally:
+        if not mounted.returncode:
+            subprocess.run(["umount", "--lazy", path], check=True)
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reshard")
@@ -160,7 +177,8 @@ def results(tmp_path_factory):
     found = {}
     for phase, world_size in PHASES:
         (folder / "phase").write_text(phase)
-        run_ranks(__file__, folder, world_size)
+        with small_disk(folder / "disk"):
+            run_ranks(__file__, folder, world_size)
         for name in SAVED:
             files = [folder / f"result-{phase}-{name}-{rank}.pt" for rank in range(world_size)]
             found.setdefault(phase, {})[name] = [torch.load(file, weights_only=False) for file in files]
@@ -245,6 +263,15 @@ def test_random_generators_go_on_for_as_many_ranks_and_are_seeded_for_others(res
             own = results["back"][name][rank][stage]["drawn"]
             assert torch.equal(own, results["save"][name][rank]["drawn"])
             assert not torch.equal(own, seeded(rank))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_save_that_finds_no_room_names_the_folder(results, name):
+    found = results["load"][name][0]
+    if "full" not in found:
+        pytest.skip("no file system may be mounted here")
+    assert "/disk/checkpoint: cannot be written (" in found["full"]
+    assert "\n" not in found["full"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(results):

@@ -136,7 +136,7 @@ def test_torch_says_no_error_number_but_the_file_is_named(numbers: int, disk: Pa
     """Its writer tells a small archive and a large one that do not fit in different words."""
     if numbers == 1:
         fill(disk)
-    with one_line(str(disk / "folder")), writing(disk / "folder"):
+    with one_line(str(disk / "folder"), "; 0 MiB free"), writing(disk / "folder"):
         torch.save({"x": torch.zeros(numbers)}, disk / "state.pt")
 
 
