@@ -58,9 +58,11 @@ def sealed(number: int, count: int, length: int, vocabulary: int) -> SealedRound
     def ids(tokens: int) -> tuple[int, ...]:
         return tuple(draw.randrange(vocabulary) for _ in range(tokens))
 
-    sizes = (length - 2 * (length // 4), length // 4, length // 4)
-    pairs = (Pair(f"{i}", number, *map(ids, sizes), "", "", "", 1.0, number - 1, number - 1) for i in range(count))
-    return SealedRound(number, tuple(pairs), "")
+    def pair(index: int) -> Pair:
+        prompt, chosen, rejected = (ids(tokens) for tokens in (length - 2 * (length // 4), length // 4, length // 4))
+        return Pair(f"{index}", number, prompt, chosen, rejected, "", "", "", 1.0, number - 1, number - 1)
+
+    return SealedRound(number, tuple(map(pair, range(count))), "")
 
 
 def measure(size: str, length: int, pairs: int, steps: int, dtype: str, options: dict[str, Any]) -> dict[str, float]:
