@@ -21,6 +21,8 @@ Formulas, in bytes; P numbers of the model, A of them (or of its adapters) that 
 - head: min(R, 512) x V x (8 [fp32 logits and their softmax] + b, in bfloat16) of the R response tokens of a
   micro-batch, a chunk at a time, and the head's gradient, 4 V D;
 - export: P b, the weights packed for the generators or for a checkpoint's folder;
+- start, with s = 3: every rank reads the whole model into CPU memory before it is split, (P + X) b, and with a frozen
+  reference a second time. It is over before training begins, so only what that is above the rest of it counts;
 - runtime: interpreter, libraries and thread pools, 0.8 GiB on a CPU as measured.
 
 The peak is the state (weights, optimizer, reference, runtime), activations, head, and the larger of gradients, export
@@ -102,7 +104,9 @@ def learner_memory(
     chunk = min(row.responses * learner.micro_batch_size, HEAD_CHUNK)
     parts["activations"] = _Part(activations if cuda else int((1 + CPU_HOLES) * activations))
     parts["head"] = _Part(chunk * size.vocabulary * (10 if b == 2 else 8) + 4 * size.vocabulary * size.hidden)
-    return _laid_out(parts, gradient_parts, scoring, size.parameters * b, cuda)
+    found = _laid_out(parts, gradient_parts, scoring, size.parameters * b, cuda)
+    whole = (size.parameters + what.added) * b * (2 if learner.reference.policy == "initial" and held else 1)
+    return _with_start(found, whole, cuda) if stage == 3 else found
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +130,15 @@ def _laid_out(parts: Mapping[str, _Part], gradients: list[_Part], scoring: int, 
     here = _with_largest(here, {"gradients": sum(p.size for p in gradients if not p.place), "reference": back})
     there = _with_largest(there, {"gradients": sum(p.size for p in gradients if p.place == "cpu"), "export": export})
     return Memory(here | {"runtime": RUNTIME}, there | {"runtime": RUNTIME})
+
+
+def _with_start(found: Memory, whole: int, cuda: bool) -> Memory:
+    """With what is `whole` in CPU memory while a rank starts, as far as that is more than lies there afterwards."""
+    afterwards = found.host if cuda else found.device
+    more = whole - sum(size for name, size in afterwards.items() if name != "runtime")
+    if more <= 0:
+        return found
+    return Memory(found.device, found.host | {"start": more}) if cuda else Memory(found.device | {"start": more}, {})
 
 
 def _with_largest(parts: dict[str, int], beside: dict[str, int]) -> dict[str, int]:

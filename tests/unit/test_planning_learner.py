@@ -1,5 +1,7 @@
 """A learner rank's memory against sums taken by hand, and against what a real model keeps for its backward pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -147,6 +149,25 @@ def test_an_offloaded_reference_comes_back_to_score():
     assert (found.host["reference"], found.device["reference"]) == (2000, 2000)
     assert "gradients" not in found.device, "there are none, or fewer, while it scores"
     assert found.host["export"] == 2000
+
+
+def test_zero_3_has_the_whole_model_in_cpu_memory_at_its_start():
+    found = memory(device="cuda", zero_stage=3, world_size=4).host
+    # Two bytes a number, policy and frozen reference; afterwards only the export is there.
+    assert found == {"export": 2000, "start": 2 * 2000 - 2000, "runtime": RUNTIME}
+    assert "start" not in memory(device="cuda", zero_stage=3, reference={"policy": "round_start"}).host
+    assert "start" not in memory(device="cuda", zero_stage=2).host
+    offloaded = memory(device="cuda", zero_stage=3, world_size=4, offload={"optimizer": True}).host
+    assert "start" not in offloaded, "the optimizer needs more later"
+
+
+def test_a_start_on_a_cpu_counts_where_it_is_more_than_training():
+    few = {"what": Trained(1), "row": Row(1, 1), "size": replace(SIZE, parameters=10**6), "zero_stage": 3}
+    assert "start" not in memory(**few).device
+    limited = {"zero_optimization": {"stage3_max_live_parameters": 1000}}
+    found = memory(world_size=8, deepspeed=limited, **few).device
+    assert found["start"] > 0
+    assert sum(size for name, size in found.items() if name != "runtime") == 2 * 2 * 10**6
 
 
 @given(st.sampled_from([1, 2, 3]), st.integers(2, 8), st.sampled_from(["bfloat16", "float32"]))
