@@ -140,7 +140,7 @@ class TwoNodes:
         ours = {process.pid for root in self._roots for process in [root, *below(root.pid)]}
         strays = [process for pid, process in self.seen.items() if pid not in ours]
         _, left = psutil.wait_procs(strays, timeout=seconds)
-        return [" ".join(process.cmdline()) for process in left]
+        return [line for process in left if (line := _command(process))]
 
     def _start_node(self, *arguments: str) -> subprocess.Popen[bytes]:
         command = [
@@ -163,6 +163,13 @@ def below(pid: int) -> list[psutil.Process]:
     with suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).children(recursive=True)
     return []
+
+
+def _command(process: psutil.Process) -> str:
+    """Its command line; empty if it is gone, or a zombie because nobody reaps orphans here."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def _name(process: psutil.Process) -> str:
