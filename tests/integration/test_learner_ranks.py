@@ -9,6 +9,7 @@ from tests.integration.ranks import (
     LEARNER,
     ROUNDS,
     SHIFT,
+    SPLIT,
     load_results,
     make_config,
     make_round,
@@ -16,6 +17,7 @@ from tests.integration.ranks import (
     run_cases,
     start_learner,
     token_logprobs,
+    zero,
 )
 
 CASES = {
@@ -23,17 +25,18 @@ CASES = {
         "zero0": {"zero_stage": 0},
         "zero1": {"zero_stage": 1},
         "zero2": {},
-        "zero3": {"zero_stage": 3},
+        "zero3": SPLIT,
         "accumulated": {"micro_batch_size": 1},
         "padded": {"prefix_sharing": False},
         "packed": {"pack_tokens": 60},
         "packed-padded": {"pack_tokens": 60, "prefix_sharing": False},
         "recomputed": {"activation_checkpointing": True},
+        "recomputed3": {"activation_checkpointing": True, **SPLIT},
         # Micro-batches of one pair: this is where accumulation in bf16 differs between the stages' code paths.
-        **{f"bf16-{stage}": {"zero_stage": stage, "dtype": "bfloat16", "micro_batch_size": 1} for stage in (1, 2, 3)},
+        **{f"bf16-{stage}": {**zero(stage), "dtype": "bfloat16", "micro_batch_size": 1} for stage in (1, 2, 3)},
     },
     2: {
-        **{f"zero{stage}x2": {"zero_stage": stage} for stage in range(4)},
+        **{f"zero{stage}x2": zero(stage) for stage in range(4)},
         "packed-x2": {"pack_tokens": 60},
         "bf16-1x2": {"zero_stage": 1, "dtype": "bfloat16", "micro_batch_size": 1},
     },
@@ -54,7 +57,7 @@ def run_case(folder, name, settings, rank, world_size, port):
     def weights():
         return dict(learner.export_tensors())
 
-    config = make_config(folder / "model", world_size=world_size, **settings)
+    config = make_config(folder / "model", world_size=world_size, max_skipped_steps=2, **settings)
     plain = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     done: list[tuple[int, int]] = []
     learner = build()
@@ -92,6 +95,14 @@ def run_case(folder, name, settings, rank, world_size, port):
     result["nan_statistics"] = learner.statistics()["train/skipped"]
     learner.reference.score = score
     result["after_nan"] = ([report.metrics for report in learner.train(make_round(5, 3))], weights())
+
+    learner.reference.score = lambda pairs: torch.full((len(pairs), 2), float("nan"))
+    skipped = []
+    try:
+        for report in learner.steps(make_round(6, 12)):
+            skipped.append(report.metrics["train/skipped"])
+    except RLHFError as error:
+        result["stopped"] = (skipped, str(error), learner.rounds_done)
     return result
 
 
@@ -105,7 +116,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder):
-    return load_results(folder, CASES, alike=("steps", "statistics", "weights"))
+    return load_results(folder, CASES, alike=("steps", "statistics", "weights", "stopped"))
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +260,14 @@ def test_bad_rounds(results, name):
     assert next_step["train/grad_norm"] > 0
     assert all(torch.isfinite(v).all() for v in moved.values())
     assert any(not torch.equal(moved[k], v) for k, v in after.items())
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_run_of_steps_that_are_not_finite_stops_the_learner(results, name):
+    # Of three steps two in a row stop it; the one of round 4 did not, which was followed by one that was taken.
+    skipped, message, rounds_done = results[name]["stopped"]
+    assert (skipped, rounds_done) == ([1.0, 1.0], 5)
+    assert message.startswith("learner: 2 steps in a row had a loss or gradient that is not finite")
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.integration.plain import margin, plain_steps
-from tests.integration.ranks import make_config, make_round, run_ranks, save_tiny_model, token_logprobs
+from tests.integration.ranks import SPLIT, make_config, make_round, run_ranks, save_tiny_model, token_logprobs
 
 WEIGHT, ALPHA = 0.6, 0.5
 LAYOUTS = {
@@ -23,7 +23,7 @@ LAYOUTS = {
         "packed": {"pack_tokens": 60},
         "zero0": {"zero_stage": 0},
     },
-    2: {"zero2": {"micro_batch_size": 2}, "zero3": {"zero_stage": 3, "micro_batch_size": 1}},
+    2: {"zero2": {"micro_batch_size": 2}, "zero3": {**SPLIT, "micro_batch_size": 1}},
 }
 EVERY = [name for layouts in LAYOUTS.values() for name in layouts]
 FULL = ["whole", "accumulated", "zero2", "zero3"]

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from tests.integration.plain import plain_steps
-from tests.integration.ranks import make_config, make_round, run_ranks, save_tiny_model
+from tests.integration.ranks import make_config, make_round, run_ranks, save_tiny_model, zero
 
 SUBSET = {"include": ["*.mlp.*", "*norm*", "lm_head.weight"], "exclude": ["*.0.mlp.up_proj.*"]}
 CASES = {
     1: {
-        **{f"zero{stage}": {"zero_stage": stage} for stage in range(4)},
+        **{f"zero{stage}": zero(stage) for stage in range(4)},
         "recomputed": {"activation_checkpointing": True, "micro_batch_size": 1},
         "ema": {"reference": {"policy": "ema"}},
     },
-    2: {f"zero{stage}x2": {"zero_stage": stage} for stage in (1, 3)},
+    2: {f"zero{stage}x2": zero(stage) for stage in (1, 3)},
 }
 EVERY = [name for cases in CASES.values() for name in cases]
 
