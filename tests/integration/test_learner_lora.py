@@ -8,6 +8,7 @@ import torch
 from tests.integration.ranks import (
     LEARNER,
     ROUNDS,
+    SPLIT,
     load_results,
     make_config,
     make_round,
@@ -16,23 +17,24 @@ from tests.integration.ranks import (
     run_cases,
     start_learner,
     token_logprobs,
+    zero,
 )
 
 LORA = {"rank": 4, "alpha": 12, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 SAVED = {**LORA, "modules_to_save": ["norm"]}
 CASES = {
     1: {
-        **{f"zero{stage}": {"zero_stage": stage} for stage in range(4)},
+        **{f"zero{stage}": zero(stage) for stage in range(4)},
         "accumulated": {"micro_batch_size": 1},
         "padded": {"prefix_sharing": False},
         "recomputed": {"activation_checkpointing": True},
-        "recomputed3": {"activation_checkpointing": True, "zero_stage": 3},
+        "recomputed3": {"activation_checkpointing": True, **SPLIT},
         "saved": {"lora": SAVED},
-        "saved3": {"lora": SAVED, "zero_stage": 3},
+        "saved3": {"lora": SAVED, **SPLIT},
         "dropout": {"lora": {**LORA, "dropout": 0.3}},
         "bf16": {"dtype": "bfloat16"},
     },
-    2: {f"zero{stage}x2": {"zero_stage": stage} for stage in range(4)},
+    2: {f"zero{stage}x2": zero(stage) for stage in range(4)},
 }
 EVERY = [name for cases in CASES.values() for name in cases]
 PLAIN = [name for name in EVERY if name not in ("saved", "saved3", "dropout", "bf16")]

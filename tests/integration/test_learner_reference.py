@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.integration.ranks import (
+    SPLIT,
     load_results,
     make_config,
     make_round,
@@ -18,8 +19,6 @@ DECAY = 0.8
 EMA = {"reference": {"policy": "ema", "ema_decay": DECAY}}
 START = {"reference": {"policy": "round_start"}}
 LORA = {"lora": {"rank": 4, "alpha": 12, "target_modules": ["q_proj", "up_proj"], "modules_to_save": ["norm"]}}
-# By default every parameter of the tiny model counts as small, which ZeRO-3 keeps whole for good.
-SPLIT = {"zero_stage": 3, "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 100}}}
 CASES = {
     1: {
         "initial0": {"zero_stage": 0},
