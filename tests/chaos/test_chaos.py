@@ -76,7 +76,7 @@ def config(
         "cluster": {
             "device": "cpu",
             "restarts": {"budget": 1000},
-            "deadlines": {"start": 180, "generate": 240, "token": 60, "learn": 180, "sync": 120, "checkpoint": 120},
+            "deadlines": {"start": 600, "generate": 240, "token": 60, "learn": 180, "sync": 120, "checkpoint": 120},
         },
     }
 
