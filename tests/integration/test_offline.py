@@ -1,9 +1,11 @@
 """`rlhf train` on a preference set with the tiny model: offline DPO, supervised fine-tuning, a kill in between."""
 
+import contextlib
 import json
 import math
 import random
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.integration.conftest import Run, System, state_reaches
+from tests.integration.conftest import Run, System, exists, state_reaches
 
 WORDS = ["sun", "rain", "bread", "maps", "tea", "bees", "snow", "music", "sea", "trains", "jam", "books", "cat"]
 
@@ -86,6 +88,49 @@ def test_a_killed_training_ends_with_the_same_weights(finished: Run, tmp_path: P
     assert resumed.code == 0, resumed.stderr[-3000:]
     before, after = (load_file(run.path / "policy" / "model.safetensors") for run in (finished, resumed))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_full_disk_ends_it_with_one_line_and_it_goes_on_with_room(
+    finished: Run, tmp_path: Path, tiny_model: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system may be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        offline = Offline(tmp_path, tiny_model, output_dir=str(disk))
+        saving = exists("checkpoints/round-0002.tmp/*")
+        ballast = disk / "ballast"
+
+        def fill(path: Path) -> bool:
+            if saving(path) and not ballast.exists():
+                with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(1 << 16))
+            return False
+
+        failed = offline.run(stop=fill)
+        assert failed.code == 1, failed.stderr[-3000:]
+        assert "Traceback" not in failed.stderr
+        line = failed.stderr.strip().splitlines()[-1]
+        assert line.startswith("rlhf: ")
+        assert "cannot be written" in line
+        assert str(disk) in line
+        again = offline.run("checkpoint.keep=1")
+        assert again.code == 2, again.stderr[-3000:]
+        assert "No space left on device" in again.stderr
+        ballast.unlink()
+        done = offline.run("learner.world_size=2", "learner.zero_stage=3", "learner.micro_batch_size=2")
+        assert done.code == 0, done.stderr[-3000:]
+        assert "learner.world_size 1 -> 2" in " ".join(done.stdout.split())
+        assert [step["step"] for step in done.events("step")] == [step["step"] for step in finished.events("step")]
+        before, after = (load_file(run.path / "policy" / "model.safetensors") for run in (finished, done))
+        start = load_file(tiny_model / "model.safetensors")
+        off = sum((after[name] - before[name]).square().sum() for name in before)
+        assert off <= 1e-8 * sum((before[name] - start[name]).square().sum() for name in before)
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_fine_tuning_is_the_likelihood_of_the_chosen_responses(tmp_path: Path, tiny_model: Path) -> None:
