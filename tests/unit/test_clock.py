@@ -75,7 +75,7 @@ def test_a_resumed_run_whose_clock_went_back_has_sane_metrics(tmp_path: Path, mo
         monitor.log("step", round, {"train/loss": 1.0 / round}, step=round)
         monitor.log("round", round, {"timing_s/total": 2.0})
     monitor.close(1)
-    monitor, out = started(1_000_000_000.0)
+    monitor, _ = started(1_000_000_000.0)
     monitor.rewind(2)
     for round in (3, 4):
         monitor.log("step", round, {"train/loss": 1.0 / round}, step=round)
