@@ -208,7 +208,7 @@ async def test_generators_killed_in_mid_sampling_cost_nothing_and_come_back(laun
 def stream(handle: Any, given: Sequence[SampleRequest]) -> AsyncIterator[Rollout]:
     async def rollouts() -> AsyncIterator[Rollout]:
         async for reference in handle.sample.options(num_returns="streaming").remote(list(given), SAMPLING):
-            for rollout in await reference:
+            for rollout in (await reference).rollouts():
                 yield rollout
 
     return rollouts()

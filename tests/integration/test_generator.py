@@ -92,7 +92,7 @@ def prompt(text: str, path: Path) -> Prompt:
 
 def sample(generator: Any, requests: list[SampleRequest]) -> list[Rollout]:
     stream = generator.sample.options(num_returns="streaming").remote(requests, SAMPLING)
-    found = [rollout for reference in stream for rollout in ray.get(reference)]
+    found = [rollout for reference in stream for rollout in ray.get(reference).rollouts()]
     return sorted(found, key=lambda rollout: (rollout.uid, rollout.k))
 
 

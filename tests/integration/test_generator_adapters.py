@@ -163,7 +163,7 @@ def test_a_request_ends_under_the_version_it_began_with(generator, tiny_model):
     first = sample(generator, [short])
     assert update(generator, after.manifest(21)) < 1e-4
     assert len(ray.get(generator.held.remote())) == SLOTS
-    rollouts = [rollout for reference in stream for rollout in ray.get(reference, timeout=60)]
+    rollouts = [rollout for reference in stream for rollout in ray.get(reference, timeout=60).rollouts()]
     assert {len(rollout.token_ids) for rollout in rollouts} == {600}
     assert_under(before, long, rollouts, 20)
     assert_under(before, short, first, 20)
