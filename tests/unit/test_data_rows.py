@@ -130,7 +130,7 @@ def test_empty_file(tmp_path: Path, name: str, content: bytes) -> None:
         ("b.csv", b"prompt\none,two\n", "cannot be read as csv: line 2 has more fields than the header"),
         ("b.parquet", b"not a parquet file", "cannot be read as parquet: "),
         ("b.jsonl.gz", b"not gzipped", "cannot be read as jsonl: Not a gzipped file"),
-        ("b.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9], "cannot be read as jsonl: "),
+        ("b.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9], "cannot be read as jsonl: "),
         ("b.txt", b"hello", "unknown kind of file; expected .jsonl, .json, .parquet, .csv, optionally with .gz"),
     ],
 )
