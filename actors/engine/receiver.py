@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray._private import worker
 
 from actors.weights.payload import check_complete, unpack, verify_bucket
 from rlhf.records import Bucket, TensorSpec
@@ -37,6 +38,9 @@ class Receiver:
                 logging_level=logging.ERROR,
                 configure_logging=False,
             )
+            # Ray's thread that prints errors of the cluster becomes a busy loop once the head has forgotten its
+            # subscription, and nobody reads what an engine prints.
+            worker.global_worker.threads_stopped.set()
 
     def stage(self, tables: Sequence[Sequence[Mapping[str, Any]]], verify: bool) -> None:
         """Map the buffers of a payload whose tensors `tables` lists, buffer by buffer.

@@ -94,6 +94,7 @@ def note(name: str, outcome: Outcome, wrong: list[str], summaries: list[dict[str
     (OUT / f"{name}.json").write_text(json.dumps(summaries[-1], indent=1) + "\n")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_engine_a_judge_a_learner_and_the_controller_die_and_nothing_is_lost(tmp_path, tiny_model, disk, summaries):
     document = config(tiny_model, tmp_path, disk, rounds=5, generators=1)
