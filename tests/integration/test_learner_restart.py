@@ -20,7 +20,8 @@ from actors.calls import within
 from actors.cluster import connect
 from actors.learner import LearnerGroup
 from actors.learner_launch import start_learner
-from actors.placement import Role, actor_options, place, stop
+from actors.placement import Patience, actor_options, place, stop
+from actors.preflight import Role
 from rlhf.config import RunConfig
 from rlhf.config.system import Cluster
 from rlhf.health import RestartBudget
@@ -140,7 +141,7 @@ class Stopped:
 def test_a_process_that_is_halted_gives_way_to_another_in_its_place(tmp_path: Path) -> None:
     async def replaced() -> tuple[int, int]:
         role = Role("learner", 1, 1, 0, "PACK")
-        group = await place(role, 30)
+        group = await place(role, Patience(30))
         actor = ray.remote(Stopped)
         pids = []
         for _ in range(2):
