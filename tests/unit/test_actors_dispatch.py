@@ -30,6 +30,8 @@ def test_chunks_cover_a_round_and_shrink_towards_its_end(prompts: int, streams: 
 def test_small_rounds_go_out_in_the_smallest_chunks() -> None:
     assert [chunk_size(left, 34) for left in (32, 5, 4, 1)] == [CHUNK, CHUNK, CHUNK, 1]
     assert chunk_size(100_000, 1) == LARGEST_CHUNK
+    # 100,000 prompts for 512 streams: 195 each on average, of which a sixteenth is 12.
+    assert (least_chunk(100_000, 512), least_chunk(1_000, 250)) == (12, CHUNK)
 
 
 async def ends_after(value: int, seconds: float) -> int:
