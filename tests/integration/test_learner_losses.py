@@ -59,6 +59,9 @@ def test_every_layout_gives_one_answer(folder, name):
     whole = load(folder, name, "whole")
     for layout in ("accumulated", "zero2", "zero3"):
         other = load(folder, name, layout)
+        # Before the first update every margin is 0: its sign, and so the accuracy, is that of the last bit.
+        for first in (whole["steps"][0], other["steps"][0]):
+            first.pop("rewards/accuracies", None)
         for one, two in zip(whole["steps"], other["steps"], strict=True):
             assert one == pytest.approx(two, rel=2e-5, abs=2e-5), layout
         for key, tensor in whole["weights"].items():
