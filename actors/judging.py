@@ -8,6 +8,7 @@ from rich.console import Console
 
 from actors.cluster import connect
 from actors.judge_launch import JudgeLauncher
+from actors.node_needs import judge_checks
 from actors.session import stop_on_sigterm
 from rlhf.config import JudgeRun
 from rlhf.inputs import check_judges
@@ -33,6 +34,8 @@ def run_with_judge(
         with connect(config.name, config.cluster, OBJECT_STORE) as cluster, stop_on_sigterm(then):
             launcher = JudgeLauncher(cluster, config.cluster, config.seed, None, console.print)
             with console.status("loading the judge"):
+                if not cluster.private:
+                    await judge_checks(config, launcher, console.print).check_nodes()
                 judge = await launcher.start(config.judge, "judge", lambda: None)
             return await work(judge)
 

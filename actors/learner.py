@@ -20,6 +20,7 @@ from actors.weights.outgoing import Outgoing, Publishing
 from rlhf.config.system import Deadlines
 from rlhf.errors import PayloadError, RLHFError
 from rlhf.health import Health, ProgressBudget, RestartBudget
+from rlhf.learning.engine import hold_port
 from rlhf.learning.job import LearnerJob
 from rlhf.learning.rank import RankLearner
 from rlhf.records import Pair, Probe, SealedRound, StepReport, WeightManifest
@@ -49,8 +50,15 @@ class LearnerActor:
         self._ipc = IpcSender(export, device, publishing.bucket_bytes) if self._transport == IPC else None
         self._outgoing = Outgoing(publishing)
 
+    def meeting_point(self) -> tuple[str, int]:
+        """An address on this node where the ranks can meet. The port is served from now on, so nobody else takes it."""
+        address = ray.util.get_node_ip_address()
+        # torch's rendezvous in this process, by the same address, is served by the same server.
+        self._meeting = hold_port(address)
+        return address, self._meeting.port
+
     def rendezvous(self) -> tuple[str, int]:
-        """An address and a free port on this node, for the ranks to meet at."""
+        """An address and a free port on this node, for an NCCL group to meet at."""
         import socket
 
         with socket.socket() as server:
@@ -186,7 +194,7 @@ class LearnerGroup:
     async def start(self) -> list[str]:
         """Let the ranks meet and load their shards; returns rank 0's notes for the user."""
         limit = self._deadlines.start
-        address, port = await self.rendezvous()
+        address, port = await self._first("meeting_point", limit, "start")
         return (await self._ranks.all("start", limit, "start", address, port, limit))[0]
 
     async def restart(self) -> bool:
@@ -209,7 +217,7 @@ class LearnerGroup:
         return True
 
     async def rendezvous(self) -> tuple[str, int]:
-        """An address and a free port on rank 0's node."""
+        """An address and a free port on rank 0's node, for an NCCL group."""
         return await self._first("rendezvous", self._deadlines.start, "start")
 
     async def open_nccl(self, group: NcclGroup, calls: Sequence[ray.ObjectRef]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from actors.cluster import connect
 from actors.learner import LearnerGroup
 from actors.learner_launch import start_learner
+from actors.node_needs import training_checks
 from actors.session import export_policy, run_session, stop_on_sigterm
 from rlhf.config.offline import OfflineConfig, OfflineTraining
 from rlhf.config.system import Rounds
@@ -114,6 +115,8 @@ async def _train(config: OfflineTraining, work: OfflineWork, run_dir: Path, moni
     deadlines, restarts = config.cluster.deadlines, config.cluster.restarts
     budget = RestartBudget(restarts.budget, restarts.window_s)
     with connect(config.name, config.cluster, OFFLINE_STORE, run_dir) as cluster, stop_on_sigterm():
+        if not cluster.private:
+            await training_checks(config, cluster, work.model, run_dir, monitor.alert).check_nodes()
         with monitor.progress("load models", config.learner.world_size) as bar:
             learner = await start_learner(
                 job, cluster, deadlines, budget, monitor, bar.advance,

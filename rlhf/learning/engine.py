@@ -33,10 +33,16 @@ def _deepspeed(device: str) -> Any:
     return deepspeed
 
 
+def hold_port(address: str) -> dist.TCPStore:
+    """A store on a free port of this machine, which no other process gets before `join` takes it, in this process."""
+    return dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+
+
 def join(device: str, rank: int, world_size: int, address: str, port: int, timeout_s: float) -> None:
     """Join the ranks' process group, gloo on a CPU and NCCL on GPUs; a group of this size is kept if there is one.
 
-    `timeout_s` bounds the meeting and every later collective. Raises `DeadlineError` when the ranks do not meet.
+    `timeout_s` bounds the meeting and every later collective. Raises `DeadlineError` when the ranks do not meet,
+    `RLHFError` when rank 0's port is another process's.
     """
     deepspeed = _deepspeed(device)
     if device == "cpu":
@@ -57,6 +63,11 @@ def join(device: str, rank: int, world_size: int, address: str, port: int, timeo
             world_size=world_size,
         )
     except (dist.DistStoreError, dist.DistNetworkError) as error:
+        if "EADDRINUSE" in str(error):
+            raise RLHFError(
+                f"learner rank {rank}: {address}:{port}, where the ranks were to meet, is another process's; run the "
+                "same command again, which takes another port"
+            ) from error
         raise DeadlineError(
             f"learner rank {rank}: waited {timeout_s:.0f} s for {world_size} ranks to meet at {address}:{port}"
         ) from error

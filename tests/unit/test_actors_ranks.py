@@ -79,9 +79,9 @@ class Rank:
             if name == "__ray_ready__":
                 return True
             self.called.append(name)
-            if self._meet and name not in ("start", "rendezvous"):
+            if self._meet and name not in ("start", "meeting_point"):
                 await self._meet()
-            return ("10.0.0.1", 1234) if name == "rendezvous" else [f"{name} of rank {self.number}"]
+            return ("10.0.0.1", 1234) if name == "meeting_point" else [f"{name} of rank {self.number}"]
 
         return self._until_dead(work())
 
@@ -143,7 +143,7 @@ async def test_every_rank_is_called_and_the_first_answers() -> None:
     assert await setup.train() == [0, 1]
     assert await setup.group.statistics() == ["statistics of rank 0"]
     await setup.group.save(Path("round-0001"))
-    assert setup.ranks[0].called == ["rendezvous", "start", "train", "statistics", "save"]
+    assert setup.ranks[0].called == ["meeting_point", "start", "train", "statistics", "save"]
     assert setup.ranks[1].called == ["start", "train", "save"]
     assert not await setup.group.restart()
 
@@ -247,7 +247,7 @@ async def test_a_restart_makes_new_ranks_out_of_the_budget() -> None:
     with pytest.raises(LearnerLostError):
         await setup.train()
     assert await setup.group.restart()
-    assert setup.generations[1][0].called == ["rendezvous", "start"]
+    assert setup.generations[1][0].called == ["meeting_point", "start"]
     assert setup.generations[1][1].called == ["start"]
     assert (setup.group.generation, setup.budget.taken) == (1, 1)
     assert len(setup.alerts) == 1
