@@ -5,6 +5,7 @@ from pathlib import Path
 
 from actors.cluster import connect
 from actors.launch import Launcher, Parts
+from actors.node_needs import run_checks
 from actors.session import export_policy, run_session, stop_on_sigterm
 from actors.turns import in_turn
 from actors.weights.transport import build_plane
@@ -53,6 +54,8 @@ async def _train(config: RunConfig, inputs: Inputs, run_dir: Path, monitor: Moni
     with connect(config.name, config.cluster, store, run_dir) as cluster, stop_on_sigterm():
         if cluster.private and cluster.device == "cpu":
             check_memory(make_plan(config).total)
+        if not cluster.private:
+            await run_checks(config, cluster, inputs.model, run_dir, monitor.alert).check_nodes()
         launcher = Launcher(config, cluster, str(inputs.model.resolve()), inputs.shapes)
         probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in inputs.prompts.prompts[:PROBES]]
         parts = await launcher.start(probes, monitor, run_dir)
