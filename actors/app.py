@@ -62,7 +62,8 @@ async def _train(config: RunConfig, inputs: Inputs, run_dir: Path, monitor: Moni
         system = _assemble(config, run_dir, monitor, ledger, parts, launcher, inputs)
         if launcher.turns:
             system = take_turns(system, launcher.turns)
-        await run_rounds(system, config, partial(export_policy, parts.learner, run_dir, monitor))
+        async with launcher.elastic(parts.fleet, monitor):
+            await run_rounds(system, config, partial(export_policy, parts.learner, run_dir, monitor))
     if system.evaluator:
         show_summary(run_dir, monitor)
 

@@ -27,6 +27,12 @@ TOKEN_S = 300.0
 LONGEST_POLL_S = 15.0
 """Between two looks at members that have work."""
 
+EXPECT_S = 900.0
+"""`cluster.deadlines.start` where nothing else is said."""
+
+EXPECT_POLL_S = 0.1
+"""Between two looks at whether a leaving member is done, or an expected one is there."""
+
 CatchUp = Callable[[str], Awaitable[RLHFError | None]]
 """Brings a member that was started again to the served version and admits it; returns why it could not."""
 
@@ -73,10 +79,14 @@ class GeneratorFleet:
         self._token_s = token_s
         self._poll_s = min(LONGEST_POLL_S, token_s / 8)
         self._alert = alert
+        self._clock = clock
         self._publishes_meanwhile = publishes_meanwhile
         self._dispatches: set[Dispatch] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._recoveries: dict[str, asyncio.Task[None]] = {}
+        self._expected: set[str] = set()
+        self.expect_s = EXPECT_S
+        """How long an update waits for the first of those that are expected when nobody is left."""
         self._version: int | None = None
         self._reported = 0
         self.catch_up: CatchUp | None = None
@@ -152,9 +162,37 @@ class GeneratorFleet:
             raise RLHFError(f"{member}: {found.health.reason}")
 
     async def recovered(self) -> None:
-        """Wait until nobody is being started again."""
-        while self._recoveries:
-            await asyncio.wait(list(self._recoveries.values()))
+        """Wait until nobody is being started again; while nobody is left, `expect_s` seconds for who is expected."""
+        end = self._clock() + self.expect_s
+        while self._recoveries or (self._expected and not self.running() and self._clock() < end):
+            if self._recoveries:
+                await asyncio.wait(list(self._recoveries.values()))
+            else:
+                await asyncio.sleep(EXPECT_POLL_S)
+
+    def expect(self, member: str) -> None:
+        """A member of this name will be added, sooner or later."""
+        self._expected.add(member)
+
+    def add(self, member: str, handle: Any) -> None:
+        """A new member, or one in the place of another that has left: STALE until it has proved what is served."""
+        self._expected.discard(member)
+        self._members[member] = found = _Member(member, handle, Health(self._budget, self._token_s, self._clock))
+        if self._version is not None:
+            found.health.published(self._version)
+        self._recover(found)
+
+    async def drain(self, member: str, reason: str, grace_s: float) -> None:
+        """Take a member out: no new work, `grace_s` seconds for what it is sampling, the rest goes to others."""
+        found = self._members[member]
+        found.health.retire(reason)
+        if recovery := self._recoveries.get(member):
+            recovery.cancel()
+        end = self._clock() + grace_s
+        while found.streams and self._clock() < end:  # noqa: ASYNC110 - there is no event
+            await asyncio.sleep(EXPECT_POLL_S)
+        self._drop(found, reason)
+        self._tell_if_hopeless()
 
     async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
         """Yield responses as they end, from all serving members at once.
@@ -259,13 +297,17 @@ class GeneratorFleet:
         return task
 
     async def _come_back(self, member: _Member, catch_up: bool) -> None:
+        """Until it is up, or gone for good. One that is new, not DEAD, has its process already."""
+
         def start() -> Awaitable[Any]:
             return self._restart(member.name)
 
-        while (handle := await revive(member.name, member.health, self._budget, start, self._alert)) is not None:
-            member.handle = handle
-            if not catch_up or self.catch_up is None:
+        while True:
+            if member.health.state == State.DEAD:
+                member.handle = await revive(member.name, member.health, self._budget, start, self._alert)
+            if member.handle is None or not catch_up or self.catch_up is None:
                 return
+            handle = member.handle
             error = await self.catch_up(member.name)
             if not isinstance(error, EngineLostError):
                 if error:
@@ -277,7 +319,7 @@ class GeneratorFleet:
     def _tell_if_hopeless(self) -> None:
         """End what is being sampled when nobody serves and nobody will."""
         states = [member.health.state for member in self._members.values()]
-        coming = self._recoveries or (self._publishes_meanwhile and State.STALE in states)
+        coming = self._recoveries or self._expected or (self._publishes_meanwhile and State.STALE in states)
         if not coming and not SERVING.intersection(states):
             self._tell(RLHFError(f"no generator serves a proved version: {self._states()}"))
 

@@ -1,24 +1,24 @@
 """Starts the actors of a run: the only place that knows which process gets which resources."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-
-from actors.calls import within
 from actors.cluster import ClusterInfo
+from actors.elastic import Elastic
 from actors.engine.adapters import AdapterSpec
-from actors.engine.llm import EngineSpec, engine_environment
+from actors.engine.llm import EngineSpec
 from actors.fleet import GeneratorFleet
-from actors.generator import GeneratorActor
+from actors.generator_launch import GeneratorLauncher
 from actors.judge_launch import JudgeLauncher
 from actors.learner import LearnerGroup
 from actors.learner_launch import learner_role, start_learner
-from actors.placement import Patience, SharedPlaces, actor_options, check, place_together, seat, share, stop
+from actors.placement import Patience, SharedPlaces, check, place_together, share
 from actors.preflight import COLUMNS, Role, live_nodes, rows
-from actors.turns import FleetParty, LearnerParty
+from actors.turns import LearnerParty
 from actors.weights.outgoing import Publishing
 from actors.weights.transport import pick_transport
 from rlhf.config import RunConfig
@@ -27,10 +27,7 @@ from rlhf.config.judge import single_judges, with_path
 from rlhf.health import RestartBudget
 from rlhf.learning.lora import adapter_shapes
 from rlhf.ports import Judge, Monitor
-from rlhf.rounds.turns import GENERATORS, LEARNER, Turns, turn_of
-
-CONCURRENCY = 10_000
-"""Calls an async actor takes at once; vLLM itself bounds what runs."""
+from rlhf.rounds.turns import LEARNER, Turns, turn_of
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,8 @@ class Launcher:
         self.turns = Turns() if config.cluster.colocate else None
         """Who may use the devices; None where all have their own."""
         self._places: SharedPlaces | None = None
+        self._elastic = config.generator.replicas.elastic and not cluster.private
+        self._generator_launcher: GeneratorLauncher | None = None
         self.transport = pick_transport(config, cluster.device)
         self._adapters: AdapterSpec | None = None
         if config.sync.lora == "adapters" and (lora := config.learner.lora):
@@ -70,7 +69,7 @@ class Launcher:
         tops = {"judge": config.judge} | ({"eval-judge": config.eval_judge} if config.eval_judge else {})
         judges = {name: with_path(judge, self._model) for name, judge in tops.items()}
         actors = sum(judge.replicas for top in judges.values() for _, judge in single_judges(top))
-        total = config.generator.replicas + actors + config.learner.world_size
+        total = config.generator.replicas.min + actors + config.learner.world_size
         with monitor.progress("load models", total) as bar:
             launcher = JudgeLauncher(
                 self._cluster, config.cluster, config.seed, run_dir, monitor.alert, self._budget, self.turns
@@ -93,6 +92,22 @@ class Launcher:
                 ]
                 learner = tasks.create_task(self._learner(bar, monitor, probes))
         return Parts(fleet.result(), started[0].result(), started[-1].result(), learner.result())
+
+    @asynccontextmanager
+    async def elastic(self, fleet: GeneratorFleet, monitor: Monitor) -> AsyncIterator[None]:
+        """While it is open, generators join and leave the fleet where the config has a range of them."""
+        if not self._elastic:
+            yield
+            return
+        assert self._generator_launcher is not None
+        replicas, deadline = self._config.generator.replicas, self._config.cluster.deadlines.generate
+        async with asyncio.TaskGroup() as tasks:
+            elastic = Elastic(fleet, self._generator_launcher, replicas, deadline, monitor.alert)
+            task = tasks.create_task(elastic.run())
+            try:
+                yield
+            finally:
+                task.cancel()
 
     def _preflight(self, patience: Patience, monitor: Monitor, judges: list[Role]) -> None:
         """Show what is asked of a cluster that others use too, and stop at once where that can never fit."""
@@ -128,8 +143,8 @@ class Launcher:
 
     def _generators(self) -> Role:
         config = self._config.generator
-        cpus = self._cluster.reserved(self._cluster.threads(config.cpus, config.replicas))
-        role = Role("generator", config.replicas, cpus, config.tensor_parallel if self._gpu else 0, "PACK")
+        cpus = self._cluster.reserved(self._cluster.threads(config.cpus, config.replicas.most(self._cluster.private)))
+        role = Role("generator", config.replicas.min, cpus, config.tensor_parallel if self._gpu else 0, "PACK")
         return role.placed(self._config.cluster.placement.generator)
 
     def _ranks(self) -> Role:
@@ -153,45 +168,12 @@ class Launcher:
         )
 
     async def _fleet(self, bar: Any, monitor: Monitor, patience: Patience) -> GeneratorFleet:
-        config, turns = self._config.generator, self.turns
-        role, group = await seat(self._generators(), patience, self._places)
-        names = [f"generator-{index}" for index in range(config.replicas)]
-        spec = self._engine()
-        environment = engine_environment(self._cluster.device, self._cluster.threads(config.cpus, config.replicas))
-        actor = ray.remote(GeneratorActor)
-
-        async def launch(name: str) -> Any:
-            options = actor_options(name, group, names.index(name), role, environment)
-            handle: Any = actor.options(**options, max_concurrency=CONCURRENCY).remote(name, spec, self._shapes)
-            await within(handle.start.remote(), self._deadline, f"{name}: loading the model")
-            return handle
-
-        async def first(name: str) -> Any:
-            handle = await launch(name)
-            bar.advance()
-            return handle
-
-        async def end(name: str) -> None:
-            await stop(name, orderly=self._gpu)
-
-        async def restart(name: str) -> Any:
-            await end(name)
-            async with turn_of(turns, GENERATORS):
-                return await launch(name)
-
-        async with turn_of(turns, GENERATORS):
-            handles = await asyncio.gather(*(first(name) for name in names))
-            fleet = GeneratorFleet(
-                dict(zip(names, handles, strict=True)),
-                config.sampling.model_dump(),
-                int(config.engine.get("max_num_seqs", 128 if self._cluster.device == "cpu" else 256)),
-                restart,
-                self._budget,
-                self._config.cluster.deadlines.token,
-                monitor.alert,
-                publishes_meanwhile=self._config.rounds.lookahead > 0,
-            )
-            if turns:
-                deadline, adapters = self._config.cluster.deadlines.sync, self._adapters is not None
-                turns.join(GENERATORS, FleetParty(fleet, end, deadline, keep_weights=adapters))
-        return fleet
+        config = self._config.generator
+        threads = self._cluster.threads(config.cpus, config.replicas.most(self._cluster.private))
+        self._generator_launcher = GeneratorLauncher(
+            config, self._generators(), self._engine(), self._shapes, threads, self._config.cluster.deadlines, patience,
+            self.turns,
+        )  # fmt: skip
+        return await self._generator_launcher.start(
+            self._elastic, self._places, bar.advance, self._budget, monitor, self._config.rounds.lookahead > 0
+        )

@@ -79,8 +79,7 @@ async def place(role: Role, patience: Patience) -> PlacementGroup:
     Raises `DeadlineError` naming the role and what the cluster has free when the time has passed.
     """
     check([role], patience)
-    selectors = [dict(role.labels)] * role.count if role.labels else None
-    group = placement_group([role.bundle()] * role.count, role.strategy, bundle_label_selector=selectors)
+    group = reserve(role)
     wanted = f"{role.count} {role.name} actors of {amounts(role.bundle())}"
     ready = asyncio.ensure_future(group.ready())
     end = time.monotonic() + patience.deadline
@@ -96,6 +95,12 @@ async def place(role: Role, patience: Patience) -> PlacementGroup:
             patience.tell(f"waiting for places: {wanted}; free now: {free_resources()}")
     await ready
     return group
+
+
+def reserve(role: Role) -> PlacementGroup:
+    """Ask for the role's places; they are there once the group is ready."""
+    selectors = [dict(role.labels)] * role.count if role.labels else None
+    return placement_group([role.bundle()] * role.count, role.strategy, bundle_label_selector=selectors)
 
 
 def check(roles: Sequence[Role], patience: Patience) -> None:

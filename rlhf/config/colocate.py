@@ -34,7 +34,12 @@ def check_colocate(config: "RunConfig") -> None:
     if config.sync.transport == "ipc" and config.cluster.device == "cpu":
         raise ValueError("sync.transport ipc needs a GPU; use object_store or auto with cluster.device cpu")
     ranks = config.learner.world_size
-    _check_actors("generator", config.generator.replicas, config.generator.tensor_parallel, ranks)
+    if config.generator.replicas.elastic:
+        raise ValueError(
+            f"cluster.colocate with generator.replicas {config.generator.replicas}: generators stay where the learner "
+            f"is; set generator.replicas {ranks}"
+        )
+    _check_actors("generator", config.generator.replicas.max, config.generator.tensor_parallel, ranks)
     for name, top in (("judge", config.judge), ("eval_judge", config.eval_judge)):
         for key, judge in single_judges(top, name) if top else ():
             if isinstance(judge, EngineJudge):

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rlhf.config.generator import Replicas
 from rlhf.config.judging import JudgeRun, JudgeTraining
 from rlhf.config.offline import OfflineConfig
 from rlhf.config.run import RunConfig
@@ -127,7 +128,9 @@ def _type(field: FieldInfo) -> str:
         for name, symbol in _SYMBOLS
         if getattr(item, name, None) is not None
     ]
-    return f"{_name(field.annotation)}{' ' + ', '.join(bounds) if bounds else ''}"
+    taken = [item.json_schema_input_type for item in field.metadata if isinstance(item, BeforeValidator)]
+    shown = [annotation for annotation in taken if annotation is not PydanticUndefined]
+    return f"{_name(shown[0] if shown else field.annotation)}{' ' + ', '.join(bounds) if bounds else ''}"
 
 
 def _name(annotation: Any) -> str:
@@ -156,6 +159,8 @@ def _default(field: FieldInfo) -> str:
     if field.default_factory is not None:
         value: Any = field.default_factory()  # type: ignore[call-arg]
         if isinstance(value, BaseModel):
+            if isinstance(value, Replicas):
+                return f"`{value}`"
             kind = getattr(value, "type", None)
             return f"`type: {kind}`" if kind and len(_models(field.annotation)) > 1 else "its defaults"
         return f"`{_yaml(value)}`"

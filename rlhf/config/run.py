@@ -78,6 +78,11 @@ class RunConfig(Section):
                 "other transports send whole weights; set sync.sparse false, or change the two"
             )
         check_colocate(self)
+        if self.generator.replicas.elastic and (strategy := self.cluster.placement.generator.strategy):
+            raise ValueError(
+                f"cluster.placement.generator.strategy {strategy} with generator.replicas {self.generator.replicas}: "
+                "generators that come and go are placed one by one; leave the strategy out"
+            )
         if self.sync.lora == "adapters":
             check_adapters(self)
         return self

@@ -107,6 +107,8 @@ def make_plan(config: RunConfig) -> Plan:
     # for a node's copies of both and the patches too.
     store = (6 if config.sync.sparse else 4) * payload + 256 * MIB if private else 2 * payload
     notes = _notes(config.cluster, device) + turn_notes(config, roles, device)
+    if config.generator.replicas.elastic:
+        notes += (f"generator.replicas {config.generator.replicas}: {roles[0].actors} are counted here",)
     if not shares:
         return Plan(tuple(roles), store, device, private, notes)
     turns = plan_turns(config, roles, payload)
@@ -178,9 +180,10 @@ def _generator(config: RunConfig, size: ModelSize, device: str) -> RolePlan:
         size, config.policy.dtype, longest, generator.tensor_parallel, generator.engine, device,
         staged=not uses_ipc(config, device),
     )  # fmt: skip
-    threads = _threads(config.cluster, device, generator.cpus, generator.replicas)
+    actors = generator.replicas.most(config.cluster.address == "local")
+    threads = _threads(config.cluster, device, generator.cpus, actors)
     gpus = generator.tensor_parallel if device == "cuda" else 0
-    return RolePlan("generator", generator.replicas, threads, gpus, memory, host)
+    return RolePlan("generator", actors, threads, gpus, memory, host)
 
 
 def _judge(name: str, config: RunConfig, judge: PooledJudge, device: str) -> RolePlan:

@@ -48,6 +48,7 @@ def test_what_can_share_its_gpus(sections: dict[str, Any]) -> None:
         ({"rounds": {"lookahead": 1}}, r"rounds\.lookahead 1.*set rounds\.lookahead 0"),
         ({"sync": {"transport": "nccl"}}, r"sync\.transport nccl.*use ipc"),
         ({"generator": {"replicas": 2}}, r"generator\.replicas 2 and learner\.world_size 1.*set generator\.replicas 1"),
+        ({"generator": {"replicas": {"max": 2}}}, r"generator\.replicas 1-2.*set generator\.replicas 1"),
         ({"learner": {"world_size": 2}}, r"generator\.replicas 1 and learner\.world_size 2.*set generator\.replicas 2"),
         ({"generator": {"tensor_parallel": 2}}, r"generator\.tensor_parallel 2.*set generator\.tensor_parallel 1"),
         ({"judge": ENGINE | {"replicas": 2}}, r"judge\.replicas 2.*set judge\.replicas 1 or fewer"),
