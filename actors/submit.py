@@ -40,6 +40,11 @@ STOPPED_CODE = 143
 for _name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
     logging.getLogger(f"ray.{_name}").setLevel(logging.WARNING)  # They tell of uploads and closed connections.
 _LONGEST_MESSAGE = 600
+_OTHERS = (
+    KeyError, TypeError, ValueError, RuntimeError, requests.JSONDecodeError, requests.TooManyRedirects,
+    requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
+)  # fmt: skip
+"""What Ray's client makes of an answer that is not Ray's, when it asks for the version; a 404 is a `RuntimeError`."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +74,19 @@ def connect(address: str) -> Client:
     """A client of the cluster whose dashboard is at `address`, which has answered.
 
     Raises `InputError` for an address that is none and a token that is missing or wrong, `RLHFError` if nothing
-    answers within seconds.
+    answers within seconds, or something else than Ray does.
     """
     url, token = _url(address), read_token()
     with _speaking(url, token.source if token else None):
-        return Client(url, token)
+        try:
+            return Client(url, token)
+        except _OTHERS as error:
+            if isinstance(error, RuntimeError) and "404" not in str(error):
+                raise
+            raise RLHFError(
+                f"--address {url}: something else than Ray's dashboard answers there ({type(error).__name__}: "
+                f"{_short(str(error))}); give the address of the head's dashboard, whose port is 8265 by default"
+            ) from error
 
 
 def read_token() -> Token | None:

@@ -1,6 +1,8 @@
 """The client of Ray's job API without a cluster: addresses, tokens, exit codes, a log that is read twice."""
 
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -141,3 +143,52 @@ def test_a_head_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "http://127.0.0.1:1: no Ray dashboard answers there" in error
+
+
+class Page(BaseHTTPRequestHandler):
+    """Some other service: answers every path with the server's status, type and text."""
+
+    def do_GET(self) -> None:
+        status, kind, text = self.server.answer  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Location", self.path)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing is written to the test's output."""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, "text/html", b"<html>Welcome</html>"),
+        (200, "application/json", b'{"name": "search"}'),
+        (200, "application/json", b"[1, 2]"),
+        (200, "application/json", b'{"ray_version": "no version"}'),
+        (200, "application/json", b'{"ray_version": null}'),
+        (302, "text/html", b""),
+        (404, "text/html", b"not found"),
+        (500, "text/html", b"ill"),
+    ],
+    ids=["page", "other json", "list", "no version", "null", "redirect", "404", "500"],
+)
+def test_a_port_of_another_service_is_one_line(answer: tuple[int, str, bytes], monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # The client sets it; the test takes it back.
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    server.answer = answer  # type: ignore[attr-defined]
+    Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with pytest.raises(SystemExit) as ended:
+            main(["submit", "--status", "rlhf-x", "--address", url])
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert ended.value.code == 1
+    told = capsys.readouterr()
+    assert (told.out, told.err.count("\n")) == ("", 1), told.err
+    words = "not a Ray dashboard" if answer[0] == 500 else "something else than Ray's dashboard answers there"
+    assert told.err.startswith(f"rlhf: --address {url}: {words}")
