@@ -37,8 +37,8 @@ OFFLINE_STORE = 512 * MIB
 
 @dataclass(frozen=True, slots=True)
 class RolePlan:
-    """Actors of one kind. `memory` maps a part to bytes in one actor, on its GPUs if it has some; `host` is then what
-    it takes of CPU memory. `cpus` and `gpus` are for one actor too."""
+    """Actors of one kind. `memory` maps a part to bytes in one actor, or on each of its GPUs if it has some; `host` is
+    then what it takes of CPU memory. `cpus` and `gpus` are for one actor too."""
 
     name: str
     actors: int
@@ -49,7 +49,7 @@ class RolePlan:
 
     @property
     def total(self) -> int:
-        """Bytes of one actor."""
+        """Bytes of one actor, on GPUs of one of them."""
         return sum(self.memory.values())
 
     @property
@@ -84,7 +84,7 @@ class Plan:
         """Bytes of GPU memory, of all actors; of those that take turns, of the largest turn."""
         if self.turns:
             return self.shared * max(turn.total for turn in self.turns)
-        return sum(role.actors * role.total for role in self.roles if role.gpus)
+        return sum(role.actors * role.gpus * role.total for role in self.roles)
 
 
 def make_plan(config: RunConfig) -> Plan:

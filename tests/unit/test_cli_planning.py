@@ -103,7 +103,8 @@ def test_a_plan_counts_every_actor(tmp_path: Path) -> None:
     }
     assert plan.object_store == 4 * 2 * count + (256 << 20)
     on_gpus = [role for role in plan.roles if role.gpus]
-    assert plan.gpu_total == sum(role.actors * sum(role.memory.values()) for role in on_gpus)
+    # The generators' memory is a share on each of two GPUs.
+    assert plan.gpu_total == sum(role.actors * role.gpus * sum(role.memory.values()) for role in on_gpus)
     host = sum(role.actors * sum(role.host.values()) for role in on_gpus)
     assert plan.total == host + sum(roles["eval_judge"].memory.values()) + plan.object_store
 
