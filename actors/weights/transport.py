@@ -33,12 +33,10 @@ def pick_transport(config: RunConfig, device: str) -> str:
         if device == "cuda" and config.policy.dtype == "float32":
             raise InputError(FLOAT32_ON_GPU)
         return OBJECT_STORE
-    if asked == "auto" and not config.sync.sparse:
-        if device != "cuda":
+    if asked == "auto":
+        if device != "cuda" or config.sync.sparse:
             return OBJECT_STORE
         return IPC if config.cluster.colocate else NCCL
-    if asked == "auto":
-        return OBJECT_STORE
     if asked in (NCCL, IPC) and device != "cuda":
         raise InputError(
             f"sync.transport = {asked!r}: needs GPUs, but this run is on device {device!r}; use object_store or auto"

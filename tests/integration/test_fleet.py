@@ -2,11 +2,9 @@
 
 import asyncio
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,15 +35,6 @@ LENGTH = 400
 """Tokens of every response: long enough to be in the middle of it for a while."""
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_tokens": LENGTH, "ignore_eos": True}
 PROBE = (1, 2683, 253, 1528, 338, 253, 10254, 30, 2)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="rlhf-t-")
-    ray.init(num_cpus=8, include_dashboard=False, namespace="tests", _temp_dir=folder, log_to_driver=False)
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 class WatchedGenerator(GeneratorActor):

@@ -1,8 +1,6 @@
 """The generator actor with a real vLLM engine: sampling, weight updates, refusals and proofs."""
 
 import asyncio
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +23,6 @@ from rlhf.records import Probe, Prompt, Rollout, SampleRequest, WeightManifest
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 10}
 PROBE = (1, 2683, 253, 1528, 338, 253, 10254, 30, 2)
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="rlhf-t-")
-    ray.init(num_cpus=8, include_dashboard=False, namespace="tests", _temp_dir=folder, log_to_driver=False)
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Learner:

@@ -1,9 +1,6 @@
 """Judges on real engines: vLLM's pooling runner against transformers, and the example configs."""
 
 import asyncio
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +77,6 @@ def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plain_rewards(path: Path, prompts: list[list[int]]) -> list[float]:
     model = LlamaForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
     return [model(torch.tensor([prompt])).logits.item() for prompt in prompts]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    folder = tempfile.mkdtemp(prefix="rlhf-t-")
-    ray.init(num_cpus=8, include_dashboard=False, namespace="tests", _temp_dir=folder, log_to_driver=False)
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 class PoolingActor:

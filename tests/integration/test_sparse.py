@@ -130,9 +130,8 @@ async def test_changed_words_travel_and_every_version_is_proved(nodes, tiny_mode
             await fleet.admit(name, manifest.version)
         return report
 
-    whole = policy.manifest()
+    assert (await publish(whole := policy.manifest())).nbytes == whole.nbytes
     assert whole.base is None
-    assert (await publish(whole)).nbytes == whole.nbytes
 
     # Two patched versions in a row: the second is made of what the first patch gave.
     for _ in range(2):
@@ -155,9 +154,8 @@ async def test_changed_words_travel_and_every_version_is_proved(nodes, tiny_mode
 
     # Every so many versions all is sent again.
     policy.step()
-    refresh = policy.manifest()
+    assert (await publish(refresh := policy.manifest())).nbytes == refresh.nbytes
     assert (refresh.base, refresh.version) == (None, REFRESH)
-    assert (await publish(refresh)).nbytes == refresh.nbytes
 
     # The copy of one node is gone: that node gets the whole version, and the next one as a patch again.
     alerts.clear()

@@ -119,7 +119,7 @@ def main(folder: Path, count: int, lookahead: int, every: int, stride: int, kill
     # What Arrow imports at its first table: once here, not in every child.
     import pandas  # noqa: F401
     import pyarrow.dataset  # noqa: F401
-    import test_rounds_controller as ports
+    import rounds_world as ports
 
     config = ports.make_config(rounds__count=count, rounds__lookahead=lookahead, checkpoint__every=every)
     whole = folder / "whole" / "r"

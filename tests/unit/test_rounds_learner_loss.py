@@ -16,7 +16,7 @@ from rlhf.errors import InputError, LearnerLostError, RLHFError
 from rlhf.records import Rollout, SampleRequest, StepReport
 from rlhf.rounds.controller import run_rounds
 from rlhf.rounds.ledger import Ledger, RoundState
-from tests.unit.test_rounds_controller import (
+from tests.unit.rounds_world import (
     World,
     _no_flushes,
     check_finished,

@@ -378,14 +378,9 @@ def test_a_damaged_config_is_one_line_and_fresh_gets_over_it(content: str, tmp_p
     begin(tmp_path, fresh=True)
 
 
-def test_an_output_dir_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    message = refused(tmp_path / "file")
-    assert message.startswith(f"output_dir = '{tmp_path / 'file'}': cannot write")
-
-
-def test_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
+def test_an_output_dir_or_a_run_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "r").write_text("")
+    assert refused(tmp_path / "r").startswith(f"output_dir = '{tmp_path / 'r'}': cannot write")
     assert "cannot write" in refused(tmp_path)
 
 

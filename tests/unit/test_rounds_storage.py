@@ -18,7 +18,7 @@ from rlhf.files import write_atomic, writing
 from rlhf.monitor.jsonl import JsonlSink, read_records
 from rlhf.monitor.sink import Event
 from rlhf.rounds.checkpoints import CheckpointStore
-from tests.unit.test_rounds_controller import World, check_finished, make_config, run
+from tests.unit.rounds_world import World, check_finished, make_config, run
 from tests.unit.test_rounds_run_directory import begin, planned
 
 POINTS = ["sample", "response", "judge", "train 2", "publish 2", "serve 2", "saved round-0001", "saved round-0002"]

@@ -1,7 +1,6 @@
 """What goes into a loss, checked and brought to one dtype: a shape that broadcasts would be a wrong loss in silence."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,14 +21,15 @@ def check_options(name: str, options: dict[str, Any]) -> None:
         raise InputError("preference_loss exo_pair: label_smoothing = 0: its log is taken; use 0.001, say")
 
 
-def logprobs(name: str, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def logprobs(name: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The four, float32 or float64 [n]: sums reach -1e4, and beta times them is past what halves hold."""
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) != 1 or tensors[0].dim() != 1:
         raise InputError(
             f"preference_loss {name}: expected four 1-D tensors of one length, got shapes {sorted(shapes)}"
         )
-    return tuple(wide(tensor) for tensor in tensors)
+    one, two, three, four = (wide(tensor) for tensor in tensors)
+    return one, two, three, four
 
 
 def positive(name: str, key: str, value: Any, like: torch.Tensor) -> float | torch.Tensor:

@@ -58,14 +58,10 @@ def preference_loss(
     elif options or not terms:
         raise InputError(f"preference_loss mix: expected terms and no option of a single loss, got {sorted(options)}")
     tensors = logprobs(
-        name, (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+        name, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
-    policy_chosen, policy_rejected, reference_chosen, reference_rejected = tensors
     inputs = PairInputs(
-        policy_chosen,
-        policy_rejected,
-        reference_chosen,
-        reference_rejected,
+        *tensors,
         positive(name, "beta", beta, tensors[0]),
         score_function(f_divergence, f_alpha),
         per_pair(name, "chosen_lengths", chosen_lengths, tensors[0], 1),
@@ -78,12 +74,14 @@ def preference_loss(
     losses = torch.stack([weight * _single(part, inputs, f_divergence, own) for part, weight, own in parts]).sum(0)
     names = [part for part, _, _ in parts]
     if exploration is not None:
-        if names != ["sigmoid"] or f_divergence != "reverse_kl" or weights is not None:
-            raise InputError(
-                f"preference_loss: exploration = {exploration!r} goes with plain sigmoid only, not {names}"
-            )
+        _check_plain(names, f_divergence, weights, exploration)
         losses = losses + optimism(exploration, exploration_alpha, inputs, explored)
     return PreferenceLoss(losses if weights is None else losses * weights, *_rewards(names, inputs))
+
+
+def _check_plain(names: Sequence[str], f_divergence: str, weights: torch.Tensor | None, exploration: str) -> None:
+    if names != ["sigmoid"] or f_divergence != "reverse_kl" or weights is not None:
+        raise InputError(f"preference_loss: exploration = {exploration!r} goes with plain sigmoid only, not {names}")
 
 
 def _single(name: str, inputs: PairInputs, f_divergence: str, options: dict[str, Any]) -> torch.Tensor:
