@@ -45,7 +45,7 @@ def mark_folder(folder: str) -> dict[str, str] | str:
         files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
     except OSError as error:
         return error.strerror or str(error)
-    return {path.name: _mark(path) for path in files}
+    return {path.name: _mark(path) for path in files} or "no model there"
 
 
 def _mark(path: Path) -> str:

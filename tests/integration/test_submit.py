@@ -1,119 +1,26 @@
 """`rlhf submit` against a Ray of its own with token authentication: a tiny run to its end, and every refusal."""
 
-import os
-import secrets
-import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
 import yaml
 
 from tests.integration.conftest import ROOT, System
+from tests.integration.ray_nodes import RayNodes, free_port, submission
 
 SECRET = "rlhf-test-variable-value"
-WAIT_S = 60
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """A head with its dashboard, and the environment that a client of it needs."""
-
-    address: str
-    environment: dict[str, str]
-
-    def submit(
-        self, *arguments: str, timeout: float = 60, **environment: str | None
-    ) -> subprocess.CompletedProcess[str]:
-        changed = self.environment | {name: value for name, value in environment.items() if value is not None}
-        for name, value in environment.items():
-            if value is None:
-                changed.pop(name, None)
-        return subprocess.run(
-            [sys.executable, "-m", "rlhf.cli", "submit", *arguments],
-            env=changed,
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """`ray start --head --block` in a process group of its own, which is all that is ended afterwards."""
-    # Ray's sockets: paths over 107 bytes fail.
-    temp = Path(tempfile.mkdtemp(prefix="rlhf-", dir="/tmp"))
-    home = tmp_path_factory.mktemp("home")
-    dashboard = free_port()
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    client = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    client |= {"HF_HUB_OFFLINE": "1", "PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token"}
-    client["RAY_AUTH_TOKEN"] = secrets.token_hex(16)
-    ports = {
-        "--port": free_port(),
-        "--dashboard-port": dashboard,
-        "--dashboard-agent-listen-port": free_port(),
-        "--min-worker-port": 0,
-        "--max-worker-port": 0,
-    }
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats",
-               "--num-cpus=16", "--object-store-memory=268435456", "--node-ip-address=127.0.0.1",
-               "--dashboard-host=127.0.0.1", f"--temp-dir={temp}",
-               *(f"{option}={value}" for option, value in ports.items())]  # fmt: skip
-    address = f"http://127.0.0.1:{dashboard}"
-    with (temp / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            command,
-            env={**client, "RLHF_TEST_VARIABLE": SECRET, "RAY_worker_niceness": "0"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        until = time.monotonic() + WAIT_S
-        while not answers(address):
-            if head.poll() is not None or time.monotonic() > until:
-                pytest.fail(f"the head did not start:\n{(temp / 'head.log').read_text()[-3000:]}")
-            time.sleep(0.2)
-        yield Cluster(address, client)
-    finally:
-        end(head, temp)
-
-
-def answers(address: str) -> bool:
-    try:
-        return requests.get(f"{address}/api/version", timeout=1).status_code in (200, 401)
-    except requests.RequestException:
-        return False
-
-
-def end(head: subprocess.Popen[bytes], temp: Path) -> None:
-    """End the head and what descends from it, and nothing else; `ray stop` would end every Ray of this machine."""
-    processes = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    head.wait()
-    psutil.wait_procs(processes, timeout=10)
-    shutil.rmtree(temp, ignore_errors=True)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    with RayNodes(tmp_path_factory.mktemp("home"), {"RLHF_TEST_VARIABLE": SECRET}) as nodes:
+        yield nodes
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> System:
 
 
 @pytest.fixture(scope="module")
-def followed(cluster: Cluster, run: System) -> subprocess.CompletedProcess[str]:
+def followed(cluster: RayNodes, run: System) -> subprocess.CompletedProcess[str]:
     """One job from its submission to its end."""
     config = str(run.folder / "config.yaml")
     return cluster.submit(config, "--address", cluster.address, "--follow", timeout=240)
@@ -150,7 +57,7 @@ def test_a_followed_job_runs_to_its_end(followed, run: System) -> None:
     assert config["cluster"]["address"] == "auto"
 
 
-def test_status_and_log_of_an_ended_job(followed, cluster: Cluster) -> None:
+def test_status_and_log_of_an_ended_job(followed, cluster: RayNodes) -> None:
     job = followed.stdout.splitlines()[0]
     status = cluster.submit("--status", job, "--address", cluster.address)
     assert status.returncode == 0
@@ -164,7 +71,7 @@ def test_status_and_log_of_an_ended_job(followed, cluster: Cluster) -> None:
     assert (stopped.returncode, stopped.stdout) == (0, f"{job}: SUCCEEDED already\n")
 
 
-def test_no_secret_is_in_what_the_cluster_tells_of_a_job(followed, cluster: Cluster) -> None:
+def test_no_secret_is_in_what_the_cluster_tells_of_a_job(followed, cluster: RayNodes) -> None:
     token = cluster.environment["RAY_AUTH_TOKEN"]
     answer = requests.get(f"{cluster.address}/api/jobs/", headers={"Authorization": f"Bearer {token}"}, timeout=10)
     assert followed.stdout.splitlines()[0] in answer.text
@@ -172,7 +79,7 @@ def test_no_secret_is_in_what_the_cluster_tells_of_a_job(followed, cluster: Clus
     assert token not in answer.text
 
 
-def test_the_exit_code_is_the_jobs(cluster: Cluster, run: System) -> None:
+def test_the_exit_code_is_the_jobs(cluster: RayNodes, run: System) -> None:
     config = str(run.folder / "config.yaml")
     done = cluster.submit(config, "cluster.env=[RLHF_NOT_THERE]", "--address", cluster.address, "--follow")
     assert done.returncode == 2, done.stderr
@@ -182,10 +89,10 @@ def test_the_exit_code_is_the_jobs(cluster: Cluster, run: System) -> None:
     assert "exit code 2" in done.stderr.splitlines()[-1]
 
 
-def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(cluster: Cluster, run: System) -> None:
+def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(cluster: RayNodes, run: System) -> None:
     config = str(run.folder / "config.yaml")
     follower = subprocess.Popen(
-        [sys.executable, "-m", "rlhf.cli", "submit", config, "name=stopped", "--address", cluster.address, "--follow"],
+        submission(config, "name=stopped", "--address", cluster.address, "--follow"),
         env=cluster.environment,
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -220,7 +127,7 @@ def test_ctrl_c_leaves_the_job_running_and_stop_ends_it(cluster: Cluster, run: S
         (None, "asks for a token and none was found; put it into"),
     ],
 )
-def test_a_wrong_token_and_none(cluster: Cluster, run: System, token: str | None, words: str) -> None:
+def test_a_wrong_token_and_none(cluster: RayNodes, run: System, token: str | None, words: str) -> None:
     begun = time.monotonic()
     done = cluster.submit(str(run.folder / "config.yaml"), "--address", cluster.address, RAY_AUTH_TOKEN=token)
     assert time.monotonic() - begun < 15
@@ -230,7 +137,7 @@ def test_a_wrong_token_and_none(cluster: Cluster, run: System, token: str | None
     assert "RAY_AUTH_TOKEN" in done.stderr
 
 
-def test_a_dead_head(cluster: Cluster, run: System) -> None:
+def test_a_dead_head(cluster: RayNodes, run: System) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     begun = time.monotonic()
     done = cluster.submit(str(run.folder / "config.yaml"), "--address", address, "--follow")
@@ -242,7 +149,7 @@ def test_a_dead_head(cluster: Cluster, run: System) -> None:
     )
 
 
-def test_a_head_that_accepts_and_never_answers(cluster: Cluster, run: System) -> None:
+def test_a_head_that_accepts_and_never_answers(cluster: RayNodes, run: System) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -252,7 +159,7 @@ def test_a_head_that_accepts_and_never_answers(cluster: Cluster, run: System) ->
     assert "no Ray dashboard answers there" in done.stderr
 
 
-def test_an_unknown_job(cluster: Cluster) -> None:
+def test_an_unknown_job(cluster: RayNodes) -> None:
     done = cluster.submit("--status", "rlhf-none", "--address", cluster.address)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"rlhf: --status rlhf-none: no job of this id at {cluster.address}\n"
