@@ -4,12 +4,16 @@ A test file is also the script of one rank: `python test_learner_ranks.py FOLDER
 cases of this world size, in order, and each leaves `FOLDER/result-CASE-RANK.pt`.
 """
 
+import functools
 import gc
+import multiprocessing
 import os
 import random
+import runpy
 import socket
-import subprocess
 import sys
+import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -37,24 +41,45 @@ def run_ranks(script, folder, world_size, timeout=240):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(folder), str(rank), str(world_size), str(port)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    processes, outputs = [], []
+    for rank in range(world_size):
+        outputs.append(folder / f"output-{world_size}-{rank}.txt")
+        arguments = [str(script), str(folder), str(rank), str(world_size), str(port)]
+        processes.append(fork_server().Process(target=run_script, args=(arguments, outputs[-1]), daemon=True))
+    for process in processes:
+        process.start()
+    end = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    for process in processes:
+        process.kill()
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
+        process.join()
+        assert process.exitcode == 0, output.read_text()[-6000:]
+
+
+@functools.cache
+def fork_server():
+    """Ranks begin as copies of one process that has imported what takes them seconds to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deepspeed", "transformers", "rlhf.learning.rank"])
+    before = dict(os.environ)
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ |= before
+    return context
+
+
+def run_script(arguments, output):
+    """In a rank's process: the script as `python SCRIPT ...` would run it, its output in a file."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    # What has been imported is no garbage; collections, of which some tests make many, need not look at it.
+    gc.freeze()
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def rank_main(cases, run_case):
