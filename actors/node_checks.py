@@ -60,6 +60,7 @@ class NodeChecks:
     """Compares nodes with this process.
 
     `output` is the run directory under its key, None where nothing is written; `deadline` is in seconds for one node.
+    Where the cluster `grows`, a role may be waiting for nodes that come later.
     """
 
     def __init__(
@@ -68,16 +69,24 @@ class NodeChecks:
         output: Folder | None,
         tell: Callable[[str], None],
         deadline: float = DEADLINE_S,
+        grows: bool = False,
     ):
         self._needs = needs
         self._output = output
         self._tell = tell
         self._deadline = min(deadline, DEADLINE_S)
+        self._grows = grows
 
     async def check_nodes(self) -> None:
-        """Check all nodes that are there; raises as `check_node` does, for the first of them that differs."""
-        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
-        found = await asyncio.gather(*(self.check_node(node) for node in nodes), return_exceptions=True)
+        """Check all nodes that are there; raises as `check_node` does, for the first of them that differs.
+
+        A run with a role that fits none of them is left to its preflight, which says so at once.
+        """
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        if not self._grows and not all(any(fits(need.role, node) for node in nodes) for need in self._needs):
+            return
+        checks = (self.check_node(node["NodeID"]) for node in nodes)
+        found = await asyncio.gather(*checks, return_exceptions=True)
         errors = [error for error in found if isinstance(error, BaseException)]
         for error in sorted(errors, key=lambda error: isinstance(error, RLHFError)):  # what nobody expects first
             raise error

@@ -29,7 +29,7 @@ def run_checks(config: RunConfig, cluster: ClusterInfo, model: Path, run_dir: Pa
     judges = {"judge": config.judge} | ({"eval_judge": config.eval_judge} if config.eval_judge else {})
     launcher = JudgeLauncher(cluster, config.cluster, config.seed, None, tell)
     needs += _judges({key: with_path(judge, str(policy.path)) for key, judge in judges.items()}, launcher)
-    return NodeChecks(needs, _output(config, run_dir), tell, config.cluster.deadlines.start)
+    return NodeChecks(needs, _output(config, run_dir), tell, config.cluster.deadlines.start, config.cluster.grows)
 
 
 def training_checks(
@@ -37,12 +37,13 @@ def training_checks(
 ) -> NodeChecks:
     """The checks of a training on a set, whose model lies at `model`."""
     needs = [_ranks(config, cluster, Folder("policy.path", config.policy.path, model.resolve()))]
-    return NodeChecks(needs, _output(config, run_dir), tell, config.cluster.deadlines.start)
+    return NodeChecks(needs, _output(config, run_dir), tell, config.cluster.deadlines.start, config.cluster.grows)
 
 
 def judge_checks(config: JudgeRun, launcher: JudgeLauncher, tell: Tell) -> NodeChecks:
     """The checks of a judge on its own."""
-    return NodeChecks(list(_judges({"judge": config.judge}, launcher)), None, tell, config.cluster.deadlines.start)
+    needs = list(_judges({"judge": config.judge}, launcher))
+    return NodeChecks(needs, None, tell, config.cluster.deadlines.start, config.cluster.grows)
 
 
 def _ranks(config: RunConfig | OfflineTraining, cluster: ClusterInfo, policy: Folder) -> Need:

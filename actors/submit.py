@@ -26,7 +26,7 @@ FIRST_ANSWER_S = 8.0
 ANSWER_S = 60.0
 """Seconds for a connection, for its first answer and for others; Ray's client would wait for ever."""
 
-POLL_S = 2.0
+POLL_S = 1.0
 REPORT_S = 10.0
 LOST_S = 60.0
 """Seconds between two looks at a job, between two reports of one that has not started, and without an answer from the
@@ -255,7 +255,7 @@ async def _follow(client: Client, job: str) -> Any:
                 return details
             await asyncio.wait([tail], timeout=POLL_S) if tail else await asyncio.sleep(POLL_S)
             if tail is not None and tail.done():
-                await asyncio.sleep(POLL_S / 4)
+                await asyncio.sleep(POLL_S / 2)
     finally:
         if tail is not None:
             tail.cancel()

@@ -116,7 +116,8 @@ def refusals(nodes: RayNodes, folder: Path) -> None:
 
     def submit(address: str, code: int, with_environment: dict[str, str] = environment, *more: str) -> float:
         arguments = ("submit", file, *more, "--address", address, "--follow")
-        return time.time() - rlhf(*arguments, environment=with_environment, expected=code)
+        started = rlhf(*arguments, environment=with_environment, expected=code)
+        return time.time() - started
 
     cases: dict[str, Callable[[], float]] = {
         "wrong token": lambda: submit(nodes.address, 2, environment | {"RAY_AUTH_TOKEN": "wrong"}),

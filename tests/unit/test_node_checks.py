@@ -143,3 +143,20 @@ async def test_every_difference_names_node_key_and_remedy(
         await checks.check_nodes()
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("grows", "expected"), [(False, []), (True, ["0123456789abcdef"])])
+async def test_a_role_that_fits_no_node_is_left_to_the_preflight(
+    grows: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    async def check(node: str) -> None:
+        asked.append(node)
+
+    monkeypatch.setattr(node_checks, "ray", SimpleNamespace(nodes=lambda: [NODE]))
+    needs = [Need(ROLE), Need(Role("generator", 1, cpus=64, gpus=0, strategy="PACK"))]
+    checks = NodeChecks(needs, None, lambda text: None, grows=grows)
+    monkeypatch.setattr(checks, "check_node", check)
+    await checks.check_nodes()
+    assert asked == expected
