@@ -23,6 +23,7 @@ from actors.weights.outgoing import Publishing
 from actors.weights.transport import pick_transport
 from rlhf.config import RunConfig
 from rlhf.config.colocate import sharing_gpu
+from rlhf.config.judge import Judge as JudgeConfig
 from rlhf.config.judge import single_judges, with_path
 from rlhf.health import RestartBudget
 from rlhf.learning.lora import adapter_shapes
@@ -75,13 +76,10 @@ class Launcher:
                 self._cluster, config.cluster, config.seed, run_dir, monitor.alert, self._budget, self.turns
             )
             patience = Patience(self._deadline, config.cluster.grows, monitor.alert)
-            self._preflight(
-                patience, monitor, [role for n, judge in judges.items() for role in launcher.roles(judge, n)]
-            )
-            if self.turns:
-                roles = [self._generators(), self._ranks()]
-                roles += [role for name, judge in judges.items() for role in launcher.engine_roles(judge, name)]
-                self._places = await place_together(roles, patience)
+            sharing, alone = self._roles(launcher, judges)
+            self._preflight(patience, monitor, [share(sharing), *alone] if sharing else alone)
+            if sharing:
+                self._places = await place_together(sharing, patience)
                 launcher.share(self._places)
             # Who shares devices waits for its turn: the generators have the first one, the learner, whose work is
             # next, the last.
@@ -109,11 +107,17 @@ class Launcher:
             finally:
                 task.cancel()
 
-    def _preflight(self, patience: Patience, monitor: Monitor, judges: list[Role]) -> None:
+    def _roles(self, launcher: JudgeLauncher, judges: dict[str, JudgeConfig]) -> tuple[list[Role], list[Role]]:
+        """What all actors need: roles that share places, and roles that have places of their own."""
+        roles = [self._generators(), self._ranks()]
+        every = [role for name, judge in judges.items() for role in launcher.roles(judge, name)]
+        if self.turns is None:
+            return [], roles + every
+        engines = [role for name, judge in judges.items() for role in launcher.engine_roles(judge, name)]
+        return roles + engines, [role for role in every if role not in engines]
+
+    def _preflight(self, patience: Patience, monitor: Monitor, roles: list[Role]) -> None:
         """Show what is asked of a cluster that others use too, and stop at once where that can never fit."""
-        roles = [self._generators(), self._ranks(), *judges]
-        if self.turns:
-            roles = [share(roles[:2]), *(role for role in judges if not role.gpus)]
         if not self._cluster.private:
             monitor.table("placement", COLUMNS, rows(roles, live_nodes()))
         check(roles, patience)

@@ -87,7 +87,6 @@ def small(name: str, system: System) -> list[str]:
     gpus = {role: figures.gpus for role, figures in recipes.header(name).memory.items()}
     engine = "{kv_cache_memory_bytes: 33554432, max_num_batched_tokens: 1024, max_num_seqs: 8}"
     return [
-        f"output_dir={system.folder / 'runs'}",
         f"policy.path={model}",
         f"judge.path={model}",
         f"prompts.path={prompts}",
@@ -114,7 +113,7 @@ def small(name: str, system: System) -> list[str]:
 def test_a_recipe_starts_where_its_drawing_says_and_trains_a_round(name: str, system: System) -> None:
     header = recipes.header(name)
     overrides = small(name, system)
-    system.config = yaml.safe_load(Path(recipes.path(name)).read_text())
+    system.config = yaml.safe_load(Path(recipes.path(name)).read_text()) | {"output_dir": str(system.folder / "runs")}
     with simulated(header) as cluster:
         watch = Watch(cluster.address)
         run = system.train(*overrides, f"cluster.address={cluster.address}", stop=watch, timeout=2100)

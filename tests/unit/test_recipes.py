@@ -11,7 +11,7 @@ import yaml
 from actors.cluster import ClusterInfo
 from actors.judge_launch import JudgeLauncher
 from actors.launch import Launcher
-from actors.placement import Patience
+from actors.placement import Patience, share
 from rlhf import cli
 from rlhf.config import RunConfig, load_config
 from rlhf.errors import InputError, RLHFError
@@ -177,18 +177,19 @@ def ask(config: RunConfig, nodes: list[dict[str, float]], monkeypatch: pytest.Mo
     """What a run shows of its roles before it starts, on a cluster of these nodes."""
     cluster = ClusterInfo("recipes", "cuda", private=False)
     launcher = Launcher(config, cluster, "policy", {})
-    judges = JudgeLauncher(cluster, config.cluster, 0, None, lambda message: None).roles(config.judge, "judge")
+    judges = JudgeLauncher(cluster, config.cluster, 0, None, lambda message: None)
     table: Any = Table()
     monkeypatch.setattr("actors.launch.live_nodes", lambda: nodes)
     monkeypatch.setattr("actors.placement.live_nodes", lambda: nodes)
-    launcher._preflight(Patience(1.0), table, judges)
+    sharing, alone = launcher._roles(judges, {"judge": config.judge})
+    launcher._preflight(Patience(1.0), table, [share(sharing), *alone] if sharing else alone)
     return table.rows
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("one-gpu", r"1 generator \+ learner actors of 8 CPU \+ 1 GPU where 0 fit; 1 GPU in all where there are 0"),
+        ("one-gpu", r"1 generator \+ learner \+ judge actors of 12 CPU \+ 1 GPU where 0 fit; 1 GPU in all"),
         ("eight-gpus", "8 GPU in all where there are 7"),
         ("four-nodes", "32 GPU in all where there are 31"),
     ],
@@ -201,8 +202,7 @@ def test_a_run_asks_for_the_drawn_nodes_and_no_gpu_less_will_do(
     table = ask(config, nodes, monkeypatch)
     assert all(row["fit"] == row["actors"] for row in table)
     found = {part: int(row["actors"]) for row in table for part in row["role"].split(" + ")}
-    assert found == {role: n.actors for role, n in header.memory.items() if role in found}
-    assert {"generator", "learner"} <= found.keys()
+    assert found == {role: figures.actors for role, figures in header.memory.items()}
     nodes[-1]["GPU"] -= 1
     with pytest.raises(RLHFError, match=message):
         ask(config, nodes, monkeypatch)
