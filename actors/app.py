@@ -54,15 +54,16 @@ async def _train(config: RunConfig, inputs: Inputs, run_dir: Path, monitor: Moni
     with connect(config.name, config.cluster, store, run_dir) as cluster, stop_on_sigterm():
         if cluster.private and cluster.device == "cpu":
             check_memory(make_plan(config).total)
+        checks = run_checks(config, cluster, inputs.model, run_dir, monitor.alert)
         if not cluster.private:
-            await run_checks(config, cluster, inputs.model, run_dir, monitor.alert).check_nodes()
+            await checks.check_nodes()
         launcher = Launcher(config, cluster, str(inputs.model.resolve()), inputs.shapes)
         probes = [prompt.token_ids[:PROBE_TOKENS] for prompt in inputs.prompts.prompts[:PROBES]]
         parts = await launcher.start(probes, monitor, run_dir)
         system = _assemble(config, run_dir, monitor, ledger, parts, launcher, inputs)
         if launcher.turns:
             system = take_turns(system, launcher.turns)
-        async with launcher.elastic(parts.fleet, monitor):
+        async with launcher.elastic(parts.fleet, checks.check_node, monitor):
             await run_rounds(system, config, partial(export_policy, parts.learner, run_dir, monitor))
     if system.evaluator:
         show_summary(run_dir, monitor)

@@ -8,7 +8,7 @@ death like any other: the fleet starts the generator again, where Ray finds a no
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import ray
 from ray._private.state import state as cluster_state
@@ -37,19 +37,22 @@ LONGEST_PAUSE_S = 600.0
 class Elastic:
     """Keeps as many generators as the nodes hold, `replicas.max` at most; those up to `min` have been started.
 
-    `grace_s` is what a generator gets on a node that is drained without a deadline.
+    `check` raises `RLHFError` for a node that is not as the others are; `grace_s` is what a generator gets on a node
+    that is drained without a deadline.
     """
 
     def __init__(
         self,
         fleet: GeneratorFleet,
         launcher: GeneratorLauncher,
+        check: Callable[[str], Awaitable[None]],
         replicas: Replicas,
         grace_s: float,
         alert: Callable[[str], None],
     ):
         self._fleet = fleet
         self._launcher = launcher
+        self._check = check
         self._replicas = replicas
         self._grace_s = grace_s
         self._alert = alert
@@ -83,6 +86,7 @@ class Elastic:
             self._fleet.expect(name)
             node = await self._launcher.wait_for_place(name)
             try:
+                await self._check(node)
                 handle = await self._launcher.launch(name)
             except (RLHFError, ray.exceptions.RayError) as error:
                 await self._launcher.leave_place(name)

@@ -1,7 +1,7 @@
 """Starts the actors of a run: the only place that knows which process gets which resources."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,15 +92,20 @@ class Launcher:
         return Parts(fleet.result(), started[0].result(), started[-1].result(), learner.result())
 
     @asynccontextmanager
-    async def elastic(self, fleet: GeneratorFleet, monitor: Monitor) -> AsyncIterator[None]:
-        """While it is open, generators join and leave the fleet where the config has a range of them."""
+    async def elastic(
+        self, fleet: GeneratorFleet, check: Callable[[str], Awaitable[None]], monitor: Monitor
+    ) -> AsyncIterator[None]:
+        """While it is open, generators join and leave the fleet where the config has a range of them.
+
+        `check` raises `RLHFError` for a node that is not as the others are.
+        """
         if not self._elastic:
             yield
             return
         assert self._generator_launcher is not None
         replicas, deadline = self._config.generator.replicas, self._config.cluster.deadlines.generate
         async with asyncio.TaskGroup() as tasks:
-            elastic = Elastic(fleet, self._generator_launcher, replicas, deadline, monitor.alert)
+            elastic = Elastic(fleet, self._generator_launcher, check, replicas, deadline, monitor.alert)
             task = tasks.create_task(elastic.run())
             try:
                 yield

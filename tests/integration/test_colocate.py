@@ -1,5 +1,6 @@
 """A run whose actors take turns: on a CPU without the sleep itself, but with the same calls in the same order."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def settings(model: Path, colocate: bool) -> dict:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny_model):
-    """The same run with and without turns; the first in this process, so that its turns can be read."""
+def shared(tmp_path_factory, tiny_model):
+    """A run in turns, in this process, so that these can be read: its folder, and what was said of them."""
     folder = tmp_path_factory.mktemp("colocated")
     system = System(folder, tiny_model)
     turns: list[str] = []
@@ -39,15 +40,22 @@ def runs(tmp_path_factory, tiny_model):
         train(RunConfig.model_validate(system.config | settings(tiny_model, True) | {"name": "shared"}))
     finally:
         logger.removeHandler(handler)
+    return folder / "runs" / "shared", turns
+
+
+@pytest.fixture(scope="module")
+def alone(shared, tiny_model):
+    """The same run without turns."""
+    system = System(shared[0].parents[1], tiny_model)
     system.config |= settings(tiny_model, False)
-    alone = system.train("name=alone", timeout=600)
-    assert alone.code == 0, alone.stderr[-3000:]
-    return folder / "runs" / "shared", alone, turns
+    run = system.train("name=alone", timeout=600)
+    assert run.code == 0, run.stderr[-3000:]
+    return run
 
 
-def test_the_devices_pass_from_one_to_the_next_and_nobody_has_them_twice(runs):
+def test_the_devices_pass_from_one_to_the_next_and_nobody_has_them_twice(shared):
     """Who starts, then each round, then each evaluation. Updates are a part of the generators' turns."""
-    _, _, turns = runs
+    _, turns = shared
     owners = [line.partition(":")[0] for line in turns if line.endswith(": turn")]
     start = ["generators", "judge", "learner"]
     # The baseline of round 0 is sampled, and compared with nothing.
@@ -55,8 +63,8 @@ def test_the_devices_pass_from_one_to_the_next_and_nobody_has_them_twice(runs):
     assert owners == [*start, *first, *evaluated, "generators", "judge", "learner", *evaluated]
 
 
-def test_whoever_had_the_turn_is_asleep_before_the_next_one_begins(runs):
-    _, _, turns = runs
+def test_whoever_had_the_turn_is_asleep_before_the_next_one_begins(shared):
+    _, turns = shared
     owner = None
     for line, after in zip(turns, [*turns[1:], ""], strict=True):
         name, _, what = line.partition(": ")
@@ -71,21 +79,18 @@ def test_whoever_had_the_turn_is_asleep_before_the_next_one_begins(runs):
             assert (what, name) == ("wake", owner)
 
 
-def test_turns_change_nothing_of_what_is_trained(runs):
-    shared, alone, _ = runs
-    one, other = (load_file(path / "policy" / "model.safetensors") for path in (shared, alone.path))
+@pytest.mark.slow
+def test_turns_change_nothing_of_what_is_trained(shared, alone):
+    one, other = (load_file(path / "policy" / "model.safetensors") for path in (shared[0], alone.path))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not any("timing_s/sleep" in event for event in alone.events("round"))
 
 
-def test_what_the_turns_cost_is_in_each_rounds_metrics(runs):
-    shared, alone, _ = runs
-    import json
-
-    events = [json.loads(line) for line in (shared / "metrics.jsonl").read_text().splitlines()]
+def test_what_the_turns_cost_is_in_each_rounds_metrics(shared):
+    events = [json.loads(line) for line in (shared[0] / "metrics.jsonl").read_text().splitlines()]
     rounds = [event for event in events if event["event"] == "round"]
     assert [event["round"] for event in rounds] == [1, 2]
     for event in rounds:
         assert 0 < event["timing_s/sleep"] < event["timing_s/total"] + event["timing_s/generate"]
         assert event["timing_s/wake"] > 0
-    assert not any("timing_s/sleep" in event for event in alone.events("round"))

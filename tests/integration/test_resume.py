@@ -9,16 +9,16 @@ from safetensors.torch import load_file
 
 from tests.integration.conftest import System, exists, state_reaches
 
-MOMENTS = (
-    state_reaches(1, "SEALED"),
-    exists("checkpoints/round-0001.tmp/*"),
-    exists("checkpoints/round-0002"),
-    exists("policy.tmp"),
+ENDS = (
+    (state_reaches(1, "SEALED"), signal.SIGINT, 130),
+    (exists("checkpoints/round-0001.tmp/*"), signal.SIGKILL, -signal.SIGKILL),
+    (state_reaches(2, "SEALED"), signal.SIGTERM, 143),
+    (exists("policy.tmp"), signal.SIGKILL, -signal.SIGKILL),
 )
-"""Each is a moment in the life of the run at which the process is killed; the next one goes on from there."""
+"""Each is a moment in the life of the run, how it is ended then, and its exit code; the next one goes on from there."""
 
 
-def test_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_model: Path):
+def test_stopped_and_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_model: Path):
     # With both second streams: what they bring has to come back as well.
     anchor = tmp_path / "anchor.jsonl"
     rows = [{"prompt": f"Name {n} birds.", "chosen": "Wren, rook.", "rejected": "No."} for n in range(5)]
@@ -27,9 +27,14 @@ def test_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_mo
     undisturbed = System(tmp_path / "undisturbed", tiny_model).train(*options)
     assert undisturbed.code == 0, undisturbed.stderr[-3000:]
     system = System(tmp_path / "killed", tiny_model)
-    for number, moment in enumerate(MOMENTS):
-        killed = system.train(*options, stop=moment)
-        assert killed.code == -signal.SIGKILL, f"moment {number} never came: {killed.stderr[-3000:]}"
+    for number, (moment, end, code) in enumerate(ENDS):
+        ended = system.train(*options, stop=moment, signal_number=end)
+        assert ended.code == code, f"end {number} never came: {ended.stderr[-3000:]}"
+        if end != signal.SIGKILL:
+            assert "Traceback" not in ended.stderr
+        if end == signal.SIGTERM:
+            saved = ended.path / "checkpoints" / "round-0001" / "manifest.json"
+            assert json.loads(saved.read_text())["round"] == 1
     resumed = system.train(*options)
     assert resumed.code == 0, resumed.stderr[-3000:]
     for round in (1, 2):
@@ -37,6 +42,7 @@ def test_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_mo
         # Same seeds, same weights: the very same pairs, whoever sampled them.
         assert resumed.manifest(round)["uids"] == undisturbed.manifest(round)["uids"]
         assert resumed.manifest(round)["pairs"]["sha256"] == undisturbed.manifest(round)["pairs"]["sha256"]
+    assert [event["round"] for event in resumed.events("round")] == [1, 2]
     steps = [event["step"] for event in resumed.events("step")]
     assert steps == [event["step"] for event in undisturbed.events("step")], "a step is missing or logged twice"
     one, two = (resumed.manifest(round)["pairs"]["count"] for round in (1, 2))
@@ -49,19 +55,3 @@ def test_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_mo
     expected = load_file(undisturbed.path / "policy" / "model.safetensors")
     found = load_file(resumed.path / "policy" / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected), "not the weights of an undisturbed run"
-
-
-def test_sigterm_saves_and_exits_143_and_the_run_goes_on(system: System):
-    stopped = system.train("rounds.count=3", stop=state_reaches(2, "SEALED"), signal_number=signal.SIGTERM)
-    assert stopped.code == 143, stopped.stderr[-3000:]
-    assert "Traceback" not in stopped.stderr
-    assert json.loads((stopped.path / "checkpoints" / "round-0001" / "manifest.json").read_text())["round"] == 1
-    resumed = system.train("rounds.count=3")
-    assert resumed.code == 0, resumed.stderr[-3000:]
-    assert [event["round"] for event in resumed.events("round")] == [1, 2, 3]
-
-
-def test_sigint_exits_130(system: System):
-    stopped = system.train(stop=state_reaches(1, "SEALED"), signal_number=signal.SIGINT)
-    assert stopped.code == 130, stopped.stderr[-3000:]
-    assert "Traceback" not in stopped.stderr

@@ -106,3 +106,9 @@ def test_a_finished_run_is_not_run_again(finished, tiny_model):
     assert again.code == 0
     assert "done" in again.stdout + again.stderr
     assert (finished.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_directory_of_another_config_is_refused(finished, tiny_model):
+    other = System(finished.path.parents[1], tiny_model).train("learner.loss.beta=0.3")
+    assert other.code == 2
+    assert "learner.loss.beta was 0.1 when this run began and is 0.3 now" in other.stderr

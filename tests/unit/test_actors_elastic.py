@@ -122,6 +122,10 @@ class Nodes:
         self.at[name] = self.free.pop(0)
         return self.at[name]
 
+    async def check(self, node: str) -> None:
+        if node == "node-odd":
+            raise RLHFError("node-odd has torch 1.0, this process has 2.0")
+
     async def launch(self, name: str) -> Generator:
         if self.failures:
             self.failures -= 1
@@ -131,7 +135,7 @@ class Nodes:
 
     async def leave_place(self, name: str) -> None:
         node = self.at.pop(name)
-        if node not in self.draining:
+        if node not in self.draining and node != "node-odd":
             self.free.append(node)
 
     def nodes(self) -> dict[str, str]:
@@ -143,7 +147,7 @@ async def test_generators_fill_the_nodes_leave_drained_ones_and_come_back(monkey
     nodes.at["generator-0"] = "node-a"
     world = await World(Generator("generator-0", delay=0.002)).admitted()
     fleet = world.fleet
-    elastic = Elastic(fleet, nodes, Replicas(min=1, max=3), 30.0, world.alerts.append)  # type: ignore[arg-type]
+    elastic = Elastic(fleet, nodes, nodes.check, Replicas(min=1, max=3), 30.0, world.alerts.append)  # type: ignore[arg-type]
     task = asyncio.create_task(elastic.run())
     sampling = asyncio.create_task(world.sample(given := requests(400)))
     await asyncio.sleep(0.05)
@@ -156,7 +160,9 @@ async def test_generators_fill_the_nodes_leave_drained_ones_and_come_back(monkey
     await until(lambda: "node-a" not in nodes.at.values())
     await until(lambda: len(fleet.taking()) == 1)
     nodes.failures = 1
-    nodes.free += ["node-c", "node-d"]
+    nodes.free += ["node-c", "node-odd"]
+    await until(lambda: "could not join on node node-odd: node-odd has torch 1.0" in "\n".join(world.alerts))
+    nodes.free.append("node-d")
     await until(lambda: len(fleet.taking()) == 3)
     assert set(nodes.at.values()) == {"node-b", "node-c", "node-d"}
     assert await sampling == wanted(given)
@@ -173,7 +179,7 @@ async def test_it_says_how_many_are_missing_below_the_minimum(monkeypatch: pytes
     nodes = Nodes(monkeypatch)
     nodes.at |= {"generator-0": "node-a", "generator-1": "node-b"}
     world = await World(Generator("generator-0"), Generator("generator-1")).admitted()
-    elastic = Elastic(world.fleet, nodes, Replicas(min=2, max=3), 30.0, world.alerts.append)  # type: ignore[arg-type]
+    elastic = Elastic(world.fleet, nodes, nodes.check, Replicas(min=2, max=3), 30.0, world.alerts.append)  # type: ignore[arg-type]
     task = asyncio.create_task(elastic.run())
     await asyncio.sleep(0.2)
     assert world.alerts == []
