@@ -12,14 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import ray
 
+from actors.tokens import read_token, refusal
 from rlhf.config.system import Cluster
-from rlhf.errors import RLHFError
+from rlhf.errors import InputError, RLHFError
 from rlhf.rounds.run_directory import cores
 
 LOCAL_CPUS = 64
 """CPUs that a private local Ray announces: its actors take turns on the real cores, none may be refused for them."""
+
+
+WHO = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+ANSWER_S = 6.0
+"""A question to the head that takes no arguments, and the seconds in which it has to answer."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,8 @@ def connect(name: str, cluster: Cluster, object_store_bytes: int, run_dir: Path 
 
     `run_dir` remembers the private one's temporary folder, so that a process that was killed leaves none for long.
 
-    Raises `RLHFError` if there is no cluster at the address.
+    Raises `RLHFError` if there is no cluster at the address, or one of other versions, `InputError` if it does not take
+    this process's token.
     """
     namespace = f"rlhf-{name}-{uuid.uuid4().hex[:8]}"
     private = cluster.address == "local"
@@ -65,10 +73,18 @@ def connect(name: str, cluster: Cluster, object_store_bytes: int, run_dir: Path 
                 **quiet,
             )
         else:
-            _check_reachable(cluster.address)
+            _check_head(cluster.address)
             ray.init(address=cluster.address, **quiet)
     except ConnectionError as error:
         raise RLHFError(f"cluster.address = {cluster.address!r}: no Ray cluster there ({error})") from error
+    except ray.exceptions.AuthenticationError as error:
+        raise InputError(f"cluster.address = {cluster.address!r}: {refusal(None)}") from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise InputError(
+            f"cluster.address = {cluster.address!r}: {' '.join(str(error).split())}; use the cluster's versions here"
+        ) from error
     try:
         yield ClusterInfo(namespace, _device(cluster), private)
     finally:
@@ -77,8 +93,11 @@ def connect(name: str, cluster: Cluster, object_store_bytes: int, run_dir: Path 
             shutil.rmtree(temp_dir, ignore_errors=True)
 
 
-def _check_reachable(address: str) -> None:
-    """Raise `RLHFError` within seconds if nothing listens at host:port; Ray itself would try for minutes."""
+def _check_head(address: str) -> None:
+    """Ask the head at host:port who it is. Ray itself would try for half a minute and say little.
+
+    Raises `RLHFError` within seconds if no head answers there, `InputError` if it does not take the token.
+    """
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         return
@@ -89,6 +108,20 @@ def _check_reachable(address: str) -> None:
             f"cluster.address = {address!r}: nothing answers there ({error.strerror or error}); "
             "start the cluster's head first, or use local"
         ) from None
+    if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+        return  # Ray's own certificates are its business.
+    token = read_token()
+    metadata = [("authorization", f"Bearer {token.text}")] if token else []
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(WHO)(b"", timeout=ANSWER_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise InputError(f"cluster.address = {address!r}: {refusal(token.source if token else None)}") from None
+            raise RLHFError(
+                f"cluster.address = {address!r}: no Ray head answers there ({error.code().name.lower()}); give the "
+                "address of its GCS, whose port is 6379 by default"
+            ) from None
 
 
 def _fresh_temp_dir(cluster: Cluster, run_dir: Path | None) -> str:

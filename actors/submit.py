@@ -7,8 +7,6 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
 from uuid import uuid4
@@ -18,6 +16,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from actors.tokens import Token, read_token, refusal
 from rlhf.errors import InputError, RLHFError
 from rlhf.submission import CONFIG, Bundle
 
@@ -45,14 +44,6 @@ _OTHERS = (
     requests.exceptions.ChunkedEncodingError, requests.exceptions.ContentDecodingError,
 )  # fmt: skip
 """What Ray's client makes of an answer that is not Ray's, when it asks for the version; a 404 is a `RuntimeError`."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """A token and where it was found."""
-
-    text: str = field(repr=False)
-    source: str
 
 
 class Client(JobSubmissionClient):
@@ -87,28 +78,6 @@ def connect(address: str) -> Client:
                 f"--address {url}: something else than Ray's dashboard answers there ({type(error).__name__}: "
                 f"{_short(str(error))}); give the address of the head's dashboard, whose port is 8265 by default"
             ) from error
-
-
-def read_token() -> Token | None:
-    """The token of Ray's clients: `RAY_AUTH_TOKEN`, the file at `RAY_AUTH_TOKEN_PATH`, `~/.ray/auth_token`; or none.
-
-    Read here, because Ray's own loader ends the process where the file cannot be read. Raises `InputError`.
-    """
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() == "disabled":
-        return None
-    if text := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return Token(text, "RAY_AUTH_TOKEN")
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    try:
-        text = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        if not named:
-            return None
-        raise InputError(f"RAY_AUTH_TOKEN_PATH = {named}: cannot read the token: {error}") from error
-    if named and not text:
-        raise InputError(f"RAY_AUTH_TOKEN_PATH = {named}: the file is empty; it holds the cluster's token")
-    return Token(text, str(file)) if text else None
 
 
 def submit(client: Client, run: str, bundle: Bundle, save_s: int, *, fresh: bool = False) -> str:
@@ -319,13 +288,7 @@ def _speaking(url: str, token_source: str | None) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        where = "RAY_AUTH_TOKEN, in a file that RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token"
-        text = (
-            f"the cluster refused the token of {token_source}; put the one it was started with into {where}"
-            if token_source
-            else f"the cluster asks for a token and none was found; put it into {where}"
-        )
-        raise InputError(f"--address {url}: {text}") from error
+        raise InputError(f"--address {url}: {refusal(token_source)}") from error
     except requests.HTTPError as error:
         raise RLHFError(f"--address {url}: not a Ray dashboard, or one that is ill ({_short(str(error))})") from error
     except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:

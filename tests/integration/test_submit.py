@@ -3,6 +3,7 @@
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -135,6 +136,27 @@ def test_a_wrong_token_and_none(cluster: RayNodes, run: System, token: str | Non
     assert done.stderr.count("\n") == 1
     assert words in done.stderr
     assert "RAY_AUTH_TOKEN" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("token", "words"), [("wrong", "the cluster refused the token of RAY_AUTH_TOKEN"), (None, "none was found")]
+)
+def test_joining_with_a_wrong_token_and_with_none(cluster: RayNodes, token: str | None, words: str) -> None:
+    code = (
+        "import sys\nfrom actors.cluster import connect\nfrom rlhf.config.system import Cluster\n"
+        "from rlhf.errors import InputError\n"
+        "try:\n    connect('x', Cluster(address=sys.argv[1]), 1 << 28).__enter__()\n"
+        "except InputError as error:\n    print(error)"
+    )
+    environment = {name: value for name, value in cluster.environment.items() if name != "RAY_AUTH_TOKEN"}
+    environment |= {"RAY_AUTH_TOKEN": token} if token else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code, cluster.gcs],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout.startswith(f"cluster.address = '{cluster.gcs}': "), done.stderr
+    assert words in done.stdout
+    assert done.stdout.count("\n") == 1
 
 
 def test_a_dead_head(cluster: RayNodes, run: System) -> None:
