@@ -15,6 +15,8 @@ from ray.core.generated import autoscaler_pb2
 
 from tests.integration.conftest import System
 
+pytestmark = pytest.mark.slow
+
 STORE = 256 << 20
 ENGINE = {"engine": 1}
 """What a node announces that may hold one generator."""
@@ -114,4 +116,4 @@ def test_generators_join_and_leave_with_their_nodes(cluster: Cluster, system: Sy
     for round in rounds[:-1]:
         manifest = run.manifest(round)
         assert manifest["state"] == "PUBLISHED"
-        assert len(set(manifest["prompts"])) == len(manifest["prompts"]) == 4
+        assert len(set(manifest["uids"])) == len(manifest["uids"]) == 4
