@@ -1,5 +1,6 @@
 """A tiny random model with the real tokenizer, and runs of the real system on it in a process of their own."""
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ import pytest
 import ray
 import torch
 import yaml
+
+from rlhf.cli import main
 
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "models" / "smollm2-135m-instruct"
@@ -101,6 +105,22 @@ class System:
             "evaluation": {"every": 1, "samples": 2},
         }
 
+    def _written(self, overrides: Sequence[str]) -> tuple[Path, Path]:
+        """The config file, and the run directory that it means."""
+        file = self.folder / "config.yaml"
+        file.write_text(yaml.safe_dump(self.config))
+        name = next((o.split("=")[1] for o in overrides if o.startswith("name=")), self.config.get("name", ""))
+        return file, Path(self.config.get("output_dir", self.folder)) / name
+
+    def refused(self, *overrides: str, command: Sequence[str] = ("train",)) -> Run:
+        """What the command says, in this process, of input that it refuses before anything is started."""
+        file, path = self._written(overrides)
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main([*command, str(file), *overrides])
+        assert isinstance(ended.value.code, int)
+        return Run(ended.value.code, out.getvalue(), err.getvalue(), path)
+
     def train(
         self,
         *overrides: str,
@@ -110,10 +130,7 @@ class System:
         command: Sequence[str] = ("train",),
         timeout: float = 240,
     ) -> Run:
-        file = self.folder / "config.yaml"
-        file.write_text(yaml.safe_dump(self.config))
-        name = next((o.split("=")[1] for o in overrides if o.startswith("name=")), self.config.get("name", ""))
-        path = Path(self.config.get("output_dir", self.folder)) / name
+        file, path = self._written(overrides)
         out, err = self.folder / "stdout", self.folder / "stderr"
         with out.open("w") as stdout, err.open("w") as stderr:
             process = subprocess.Popen(

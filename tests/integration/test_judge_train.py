@@ -129,7 +129,7 @@ def test_bad_input_is_one_line(tmp_path: Path, tiny_model: Path, change: dict, m
     for key, value in change.items():
         old = training.system.config.get(key)
         training.system.config[key] = {**old, **value} if isinstance(old, dict) else value
-    run = training.run()
+    run = training.system.refused(command=("judge", "train"))
     assert run.code == 2
     assert message in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1

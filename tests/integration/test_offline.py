@@ -175,7 +175,7 @@ def test_bad_input_is_one_line(tmp_path: Path, tiny_model: Path, change: dict, m
     for key, value in change.items():
         old = offline.system.config.get(key)
         offline.system.config[key] = {**old, **value} if isinstance(old, dict) else value
-    run = offline.run()
+    run = offline.system.refused()
     assert run.code == 2
     assert message in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1

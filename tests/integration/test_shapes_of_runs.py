@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
-from rlhf.cli import main
 from tests.integration.conftest import System
 
 DIALOGUES = [
@@ -69,11 +67,9 @@ def test_a_round_without_pairs_goes_on_and_says_so(system: System):
     assert run.manifest(1)["state"] == "PUBLISHED"
 
 
-def test_bad_inputs_leave_nothing_behind(system: System, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_bad_inputs_leave_nothing_behind(system: System, tmp_path: Path):
     blank = tmp_path / "blank.jsonl"
     blank.write_text('{"prompt": "  "}\n{"prompt": "\\n"}\n')
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(system.config))
     for override, named in (
         ("policy.path=./no-such-model", "policy.path"),
         (f"prompts.path={blank}", "2 blank"),
@@ -81,10 +77,8 @@ def test_bad_inputs_leave_nothing_behind(system: System, tmp_path: Path, capfd: 
         ("generator.samples=1", "generator.samples = 1"),
         ("judge.type=pair_model judge.path=./no-such-judge", "judge.path"),
     ):
-        with pytest.raises(SystemExit) as ended:
-            main(["train", str(file), *override.split(), "prompts.eval=null"])
-        assert ended.value.code == 2, override
-        said = capfd.readouterr().err
-        assert said.count("\n") == 1
-        assert named in said
-        assert not Path(system.config["output_dir"], "tiny").exists()
+        run = system.refused(*override.split(), "prompts.eval=null")
+        assert run.code == 2, override
+        assert run.stderr.count("\n") == 1
+        assert named in run.stderr
+        assert not run.path.exists()
