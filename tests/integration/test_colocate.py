@@ -12,6 +12,8 @@ from actors.app import train
 from rlhf.config import RunConfig
 from tests.integration.conftest import System
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "cluster": {"colocate": True},
     "judge": {"type": "pair_model", "dtype": "float32", "max_length": 256, "cache": False},

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from actors.engine.llm import engine_environment
+
+pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import asyncio, sys

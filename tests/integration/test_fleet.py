@@ -150,6 +150,7 @@ def same(found: Responses, expected: Responses) -> None:
         assert found[key].logprobs == pytest.approx(rollout.logprobs, abs=1e-4)
 
 
+@pytest.mark.slow
 async def test_generators_killed_in_mid_sampling_cost_nothing_and_come_back(launch, tiny_model):
     """First an actor, then the engine's own process below the other one, while the first is being started."""
     names = ("fleet-0", "fleet-1")

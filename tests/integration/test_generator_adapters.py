@@ -26,6 +26,8 @@ from rlhf.learning.lora import adapter_shapes
 from rlhf.records import Probe, SampleRequest, VersionSpan, WeightManifest
 from tests.integration.test_generator import PROBE, SAMPLING, prompt, sample, update
 
+pytestmark = pytest.mark.slow
+
 # A rank that vLLM has no room of for its own, and a scale that is no power of two.
 LORA = Lora(rank=3, alpha=7, target_modules=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
 

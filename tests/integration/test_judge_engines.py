@@ -191,6 +191,7 @@ async def test_the_ensemble_example_over_its_pools(cluster: None, monkeypatch: p
     assert np.ptp(expected) > 0.05
 
 
+@pytest.mark.slow
 async def test_the_pair_model_example_on_vllm(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the file says, in bfloat16; test_judge_pair_model has the numbers in float32."""
     monkeypatch.chdir(ROOT)

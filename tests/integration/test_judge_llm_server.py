@@ -22,6 +22,8 @@ from rlhf.judging.llm import LLMJudge
 from rlhf.judging.llm.prompt import Conversation, JudgePrompt, cut_conversations
 from rlhf.records import Comparison, Message, Verdict, VerdictState
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = 1024  # tokens that the server takes, the answer included
 PAIRS = [
     ("What is rain?", "Water that falls from clouds.", "A kind of bread."),

@@ -78,6 +78,7 @@ def test_held_out_pairs_are_measured_before_and_after(finished: Run) -> None:
     assert all(event["eval/accuracy_low"] <= event["eval/accuracy"] <= event["eval/accuracy_high"] for event in evals)
 
 
+@pytest.mark.slow
 def test_vllm_serves_the_judge_that_was_trained(finished: Run, tmp_path: Path, tiny_model: Path) -> None:
     """The bench's figures through vLLM are the ones that the learner measured."""
     system = System(tmp_path, tiny_model)

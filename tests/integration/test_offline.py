@@ -90,6 +90,7 @@ def test_a_killed_training_ends_with_the_same_weights(finished: Run, tmp_path: P
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_it_with_one_line_and_it_goes_on_with_room(
     finished: Run, tmp_path: Path, tiny_model: Path
 ) -> None:

@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -18,7 +19,8 @@ ENDS = (
 """Each is a moment in the life of the run, how it is ended then, and its exit code; the next one goes on from there."""
 
 
-def test_stopped_and_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_model: Path):
+@pytest.mark.parametrize("ends", [ENDS[1:3], pytest.param(ENDS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_stopped_and_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_model: Path, ends):
     # With both second streams: what they bring has to come back as well.
     anchor = tmp_path / "anchor.jsonl"
     rows = [{"prompt": f"Name {n} birds.", "chosen": "Wren, rook.", "rejected": "No."} for n in range(5)]
@@ -27,7 +29,7 @@ def test_stopped_and_killed_again_and_again_every_round_is_done_once(tmp_path: P
     undisturbed = System(tmp_path / "undisturbed", tiny_model).train(*options)
     assert undisturbed.code == 0, undisturbed.stderr[-3000:]
     system = System(tmp_path / "killed", tiny_model)
-    for number, (moment, end, code) in enumerate(ENDS):
+    for number, (moment, end, code) in enumerate(ends):
         ended = system.train(*options, stop=moment, signal_number=end)
         assert ended.code == code, f"end {number} never came: {ended.stderr[-3000:]}"
         if end != signal.SIGKILL:
