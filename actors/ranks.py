@@ -67,8 +67,8 @@ class Ranks:
             for task in (work, *tasks):
                 task.cancel()
 
-    async def look(self) -> bool:
-        """Whether a rank is gone. One that is at work counts as being there."""
+    async def look(self, what: str = "") -> bool:
+        """Whether a rank is gone, during `what`. One that is at work counts as being there."""
         if not self.loss:
             pings = [asyncio.ensure_future(_there(handle)) for handle in self.handles]
             ended, waiting = await asyncio.wait(pings, timeout=NEWS_S, return_when=asyncio.FIRST_EXCEPTION)
@@ -76,7 +76,7 @@ class Ranks:
                 ping.cancel()
             for rank, ping in enumerate(pings):
                 if ping in ended and (error := ping.exception()):
-                    self._died(rank, error, "")
+                    self._died(rank, error, what)
         return bool(self.loss)
 
     async def _explain(self, error: BaseException, tasks: "Sequence[asyncio.Future[T]]", what: str) -> None:
@@ -85,7 +85,7 @@ class Ranks:
         if isinstance(error, ray.exceptions.RayTaskError):
             if (cause := unwrap(error)) is not error:
                 raise cause from error
-            if not await self.look() and broken_collective(error):
+            if not await self.look(what) and broken_collective(error):
                 self._lose(f"{what}: rank {rank} waited for others in vain: {first_line(error)}")
         elif isinstance(error, ray.exceptions.RayError):
             self._died(rank, error, what)

@@ -97,7 +97,8 @@ def note(name: str, outcome: Outcome, wrong: list[str], summaries: list[dict[str
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_engine_a_judge_a_learner_and_the_controller_die_and_nothing_is_lost(tmp_path, tiny_model, disk, summaries):
-    document = config(tiny_model, tmp_path, disk, rounds=5, generators=1)
+    # More rounds than faults: a moment that is not seen in its round is seen in a later one.
+    document = config(tiny_model, tmp_path, disk, rounds=10, generators=1)
     outcome, wrong = disturb(tmp_path, document, disk, SHORT)
     wrong += replayed(outcome, RANKS)
     note("short", outcome, wrong, summaries)

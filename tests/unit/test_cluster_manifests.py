@@ -168,7 +168,7 @@ def test_the_run_of_the_rayjob_is_a_valid_config_that_fits_its_cluster(tmp_path:
     assert set(config.cluster.env) <= {variable["name"] for variable in container["env"]}
     assert set(config.cluster.shared) <= {mount["mountPath"] for mount in container["volumeMounts"]}
     judge: Any = config.judge
-    gpus = config.generator.replicas * config.generator.tensor_parallel
+    gpus = config.generator.replicas.max * config.generator.tensor_parallel
     gpus += judge.replicas * judge.tensor_parallel + config.learner.world_size
     (group,) = job["rayClusterSpec"]["workerGroupSpecs"]
     has = int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"])
