@@ -75,6 +75,7 @@ def config(
         "evaluation": {"every": 0},
         "cluster": {
             "device": "cpu",
+            "grows": True,  # the second node may be on its way
             "restarts": {"budget": 1000},
             "deadlines": {"start": 600, "generate": 240, "token": 60, "learn": 180, "sync": 120, "checkpoint": 120},
         },
