@@ -41,7 +41,7 @@ lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-chaos: $(STAMP) $(MODEL)/config.json ## the slow tests: processes killed in mid-run
+chaos: $(STAMP) $(MODEL)/config.json ## the slow tests: kills and damage, recipes on simulated clusters
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 bench: $(STAMP) $(MODEL)/config.json ## run bench/*.py (BENCH=bench/one.py for one)
