@@ -20,6 +20,14 @@ NEWS_S = 5.0
 """How long to wait for the news that a rank died: its neighbours notice at once, the cluster a little later."""
 
 
+DEATHS = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.OutOfMemoryError,
+)
+
+
 class Ranks:
     """One generation of ranks: a lost one is never called again."""
 
@@ -94,10 +102,13 @@ class Ranks:
 
     def _died(self, rank: int, error: BaseException, what: str) -> None:
         during = f" ({what})" if what else ""
-        self._lose(
-            f"rank {rank} died{during}: {first_line(error)} (without memory left the system kills the largest "
-            "process: lower learner.micro_batch_size, or see `rlhf validate`)"
-        )
+        if not isinstance(error, DEATHS):
+            # Of its answer nothing is known, and neither is where it stands: it counts as lost.
+            self._lose(f"rank {rank} gave no answer that can be read{during}: {first_line(error)}")
+            return
+        killed = "its node has died" not in str(error)
+        hint = " (without memory left the system kills the largest process: lower learner.micro_batch_size, or see "
+        self._lose(f"rank {rank} died{during}: {first_line(error)}" + (hint + "`rlhf validate`)" if killed else ""))
 
     def _lose(self, reason: str) -> None:
         self.loss = self.loss or reason

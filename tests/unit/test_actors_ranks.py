@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,32 @@ async def test_what_a_rank_raises_itself_is_no_loss(error: Exception) -> None:
         await setup.train()
     assert not await setup.group.restart()
     assert len(setup.generations) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ray.exceptions.RayActorError(error_msg="The process was killed."), r"rank 0 died \(save\): .* lower learner"),
+        (
+            ray.exceptions.RayActorError(error_msg="The actor died because its node has died. Node Id: f3"),
+            r"rank 0 died \(save\): The actor died because its node has died\. Node Id: f3$",
+        ),
+        (
+            ray.exceptions.RaySystemError(AttributeError("no such class")),
+            r"rank 0 gave no answer that can be read \(save\): .*no such class$",
+        ),
+    ],
+    ids=["killed", "its node is gone", "cannot be read"],
+)
+async def test_a_loss_says_what_was_lost(error: Exception, message: str) -> None:
+    async def failing() -> None:
+        raise error
+
+    ranks = ranks_module.Ranks([Rank(0)])
+    with pytest.raises(LearnerLostError):
+        await ranks.together([failing()], 5, "save")
+    assert re.match(message, ranks.loss)
+    assert "\n" not in ranks.loss
 
 
 async def test_a_call_past_its_deadline_is_a_hang_and_takes_the_others_with_it() -> None:
