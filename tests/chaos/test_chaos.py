@@ -95,7 +95,6 @@ def note(name: str, outcome: Outcome, wrong: list[str], summaries: list[dict[str
     (OUT / f"{name}.json").write_text(json.dumps(summaries[-1], indent=1) + "\n")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_engine_a_judge_a_learner_and_the_controller_die_and_nothing_is_lost(tmp_path, tiny_model, disk, summaries):
     # More rounds than faults: a moment that is not seen in its round is seen in a later one.

@@ -19,7 +19,7 @@ ENDS = (
 """Each is a moment in the life of the run, how it is ended then, and its exit code; the next one goes on from there."""
 
 
-@pytest.mark.parametrize("ends", [ENDS[1:3], pytest.param(ENDS, marks=pytest.mark.slow)], ids=["some", "all"])
+@pytest.mark.parametrize("ends", [ENDS[2:3], pytest.param(ENDS, marks=pytest.mark.slow)], ids=["one", "all"])
 def test_stopped_and_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_model: Path, ends):
     # With both second streams: what they bring has to come back as well.
     anchor = tmp_path / "anchor.jsonl"
