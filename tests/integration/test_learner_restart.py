@@ -87,6 +87,7 @@ async def undisturbed(config: RunConfig, run_dir: Path, out: Path) -> dict[str, 
     return load_file(out / "policy" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_killed_in_a_step_and_in_a_save_the_weights_are_those_of_an_undisturbed_run(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,8 +19,8 @@ ENDS = (
 """Each is a moment in the life of the run, how it is ended then, and its exit code; the next one goes on from there."""
 
 
-@pytest.mark.parametrize("ends", [ENDS[2:3], pytest.param(ENDS, marks=pytest.mark.slow)], ids=["one", "all"])
-def test_stopped_and_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_model: Path, ends):
+@pytest.mark.slow
+def test_stopped_and_killed_again_and_again_every_round_is_done_once(tmp_path: Path, tiny_model: Path):
     # With both second streams: what they bring has to come back as well.
     anchor = tmp_path / "anchor.jsonl"
     rows = [{"prompt": f"Name {n} birds.", "chosen": "Wren, rook.", "rejected": "No."} for n in range(5)]
@@ -29,7 +29,7 @@ def test_stopped_and_killed_again_and_again_every_round_is_done_once(tmp_path: P
     undisturbed = System(tmp_path / "undisturbed", tiny_model).train(*options)
     assert undisturbed.code == 0, undisturbed.stderr[-3000:]
     system = System(tmp_path / "killed", tiny_model)
-    for number, (moment, end, code) in enumerate(ends):
+    for number, (moment, end, code) in enumerate(ENDS):
         ended = system.train(*options, stop=moment, signal_number=end)
         assert ended.code == code, f"end {number} never came: {ended.stderr[-3000:]}"
         if end != signal.SIGKILL:

@@ -34,20 +34,33 @@ def test_small_rounds_go_out_in_the_smallest_chunks() -> None:
     assert (least_chunk(100_000, 512), least_chunk(1_000, 250)) == (12, CHUNK)
 
 
-async def ends_after(value: int, seconds: float) -> int:
-    await asyncio.sleep(seconds)
+async def ends_after(value: int, gate: asyncio.Event) -> int:
+    await gate.wait()
     return value
 
 
 async def test_results_that_end_together_come_together() -> None:
-    tasks = [asyncio.create_task(ends_after(n, 0.3 if n > 6 else 0.0)) for n in range(10)]
-    batches = [sorted(batch) async for batch in in_batches(tasks, 0.1)]
+    early, late = asyncio.Event(), asyncio.Event()
+    tasks = [asyncio.create_task(ends_after(n, late if n > 6 else early)) for n in range(10)]
+    early.set()
+    batches = []
+    async with asyncio.timeout(20):
+        async for batch in in_batches(tasks, 0.1):
+            batches.append(sorted(batch))
+            late.set()
     assert batches == [list(range(7)), [7, 8, 9]]
 
 
 async def test_without_lingering_a_result_does_not_wait() -> None:
-    tasks = [asyncio.create_task(ends_after(n, n * 0.05)) for n in range(3)]
-    assert [batch async for batch in in_batches(tasks, 0.0)] == [[0], [1], [2]]
+    gates = [asyncio.Event() for _ in range(4)]
+    tasks = [asyncio.create_task(ends_after(n, gates[n])) for n in range(3)]
+    gates[0].set()
+    batches = []
+    async with asyncio.timeout(20):
+        async for batch in in_batches(tasks, 0.0):
+            batches.append(batch)
+            gates[len(batches)].set()  # the next one ends only once this one has come
+    assert batches == [[0], [1], [2]]
     assert [batch async for batch in in_batches([], 1.0)] == []
 
 
@@ -55,7 +68,7 @@ async def test_a_failed_task_raises() -> None:
     async def fails() -> int:
         raise ValueError("no such token")
 
-    tasks = [asyncio.create_task(ends_after(1, 5.0)), asyncio.create_task(fails())]
+    tasks = [asyncio.create_task(ends_after(1, asyncio.Event())), asyncio.create_task(fails())]
     with pytest.raises(ValueError, match="no such token"):
         await anext(in_batches(tasks, 0.0))
     tasks[0].cancel()
