@@ -30,7 +30,7 @@ from rlhf.rounds.run_directory import cores
 MIB = 1 << 20
 CPU_KV_CACHE = 512 * MIB
 ENGINE_RUNTIME = 3 * GIB // 2
-JUDGE_RUNTIME = GIB // 2
+JUDGE_RUNTIME = GIB // 8
 OFFLINE_STORE = 512 * MIB
 """Ray's object store where only pairs and reports go through it."""
 
