@@ -8,7 +8,7 @@ death like any other: the fleet starts the generator again, where Ray finds a no
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import ray
 from ray._private.state import state as cluster_state
@@ -76,7 +76,7 @@ class Elastic:
                         leaving[name] = tasks.create_task(self._leave(name, node, deadline))
                 if time.monotonic() - reported >= REPORT_S:
                     reported = time.monotonic()
-                    self._report()
+                    self._report(await asyncio.to_thread(self._launcher.nodes))
 
     async def _fill(self, name: str) -> None:
         """Whenever the place of a name is empty: ask for one, wait for it, start a generator there."""
@@ -113,8 +113,8 @@ class Elastic:
         nodes = self._launcher.nodes() if draining else {}
         return {name: (node, draining[node] / 1000) for name, node in nodes.items() if node in draining}
 
-    def _report(self) -> None:
+    def _report(self, nodes: Mapping[str, str]) -> None:
         missing = self._replicas.min - len(self._fleet.running())
-        if missing > 0 and any(event.is_set() for event in self._gone.values()):
+        if missing > 0 and self._gone.keys() - nodes.keys():
             self._alert(f"waiting for places: {missing} generators fewer than generator.replicas.min; "
                         f"free now: {free_resources()}")  # fmt: skip

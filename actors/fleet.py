@@ -6,6 +6,7 @@ the weight plane, proves it, and takes part in whatever is being sampled then.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,6 @@ TOKEN_S = 300.0
 
 LONGEST_POLL_S = 15.0
 """Between two looks at members that have work."""
-
-EXPECT_S = 900.0
-"""`cluster.deadlines.start` where nothing else is said."""
 
 EXPECT_POLL_S = 0.1
 """Between two looks at whether a leaving member is done, or an expected one is there."""
@@ -85,8 +83,8 @@ class GeneratorFleet:
         self._watcher: asyncio.Task[None] | None = None
         self._recoveries: dict[str, asyncio.Task[None]] = {}
         self._expected: set[str] = set()
-        self.expect_s = EXPECT_S
-        """How long an update waits for the first of those that are expected when nobody is left."""
+        self.expect_s = math.inf
+        """How long an update waits when nobody is left; finite where a member may have to wait for a node."""
         self._version: int | None = None
         self._reported = 0
         self.catch_up: CatchUp | None = None
@@ -162,11 +160,11 @@ class GeneratorFleet:
             raise RLHFError(f"{member}: {found.health.reason}")
 
     async def recovered(self) -> None:
-        """Wait until nobody is being started again; while nobody is left, `expect_s` seconds for who is expected."""
+        """Wait until nobody is being started again; while nobody is left, `expect_s` seconds for those who may come."""
         end = self._clock() + self.expect_s
-        while self._recoveries or (self._expected and not self.running() and self._clock() < end):
+        while (self._recoveries or (self._expected and not self.running())) and self._clock() < end:
             if self._recoveries:
-                await asyncio.wait(list(self._recoveries.values()))
+                await asyncio.wait(list(self._recoveries.values()), timeout=EXPECT_POLL_S)
             else:
                 await asyncio.sleep(EXPECT_POLL_S)
 

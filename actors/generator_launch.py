@@ -97,7 +97,8 @@ class GeneratorLauncher:
                 monitor.alert,
                 publishes_meanwhile=publishes_meanwhile,
             )
-            fleet.expect_s = self._deadlines.start
+            if elastic:
+                fleet.expect_s = self._deadlines.start
             if self._turns:
                 party = FleetParty(fleet, self.end, self._deadlines.sync, keep_weights=self._spec.adapters is not None)
                 self._turns.join(GENERATORS, party)
@@ -127,8 +128,8 @@ class GeneratorLauncher:
         remove_placement_group(self._places.pop(name).group)
 
     def nodes(self) -> dict[str, str]:
-        """The node of every place that is on one, by generator."""
-        found = {name: place.node() for name, place in self._places.items()}
+        """The node of every place that is on one, by generator; may be called from another thread."""
+        found = {name: place.node() for name, place in list(self._places.items())}
         return {name: node for name, node in found.items() if node}
 
     async def _placed(self, name: str) -> str:

@@ -95,10 +95,28 @@ async def test_an_update_waits_for_the_first_who_is_expected_but_not_for_ever() 
     await world.fleet.recovered()
     assert world.fleet.running() == []
     world.fleet.expect_s = 30.0
+    world.fleet.expect("g0")
     task = asyncio.create_task(world.fleet.recovered())
     await asyncio.sleep(0.1)
     assert not task.done()
     world.fleet.add("g0", Generator("g0"))
+    await task
+    assert world.fleet.running() == ["g0"]
+
+
+async def test_an_update_does_not_wait_for_ever_for_a_member_whose_node_is_gone() -> None:
+    world = await World(Generator("g0")).admitted()
+    world.gate = asyncio.Event()  # no node comes
+    world.fleet.lost("g0", "its node is gone", world.fleet.handle("g0"))
+    world.fleet.expect_s = 0.3
+    async with asyncio.timeout(10):
+        await world.fleet.recovered()
+    assert world.fleet.running() == []
+    world.fleet.expect_s = 30.0
+    task = asyncio.create_task(world.fleet.recovered())
+    await asyncio.sleep(0.3)
+    assert not task.done()
+    world.gate.set()
     await task
     assert world.fleet.running() == ["g0"]
 
