@@ -1,11 +1,15 @@
 """The command `rlhf`. Importing it loads neither torch, ray, vllm nor deepspeed."""
 
+import atexit
+import faulthandler
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -163,5 +167,34 @@ def _fail(message: str, code: int) -> None:
     raise SystemExit(code)
 
 
+def run() -> None:
+    """The command line itself: `main`, and an end that Ray's threads cannot spoil."""
+    code: object = 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        if "ray" not in sys.modules:
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if "ray" in sys.modules:
+        _leave(code if isinstance(code, int) else 0 if code is None else 1)
+    sys.exit(code)  # type: ignore[arg-type]
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without taking Python apart under the threads of Ray and others that may still run: a crash in
+    them (seen once: SIGSEGV, after the last line of a run that had failed) would hide the exit code.
+    """
+    faulthandler.enable()  # for what comes before the end; Ray has taken its own handler away
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    run()
