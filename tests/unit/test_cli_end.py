@@ -38,4 +38,5 @@ def test_the_crash_is_real() -> None:
 def test_an_unexpected_error_keeps_its_traceback() -> None:
     done = end(WITH_RAY, "raise KeyError('what')")
     assert done.returncode == 1
-    assert done.stderr.startswith("Traceback") and done.stderr.endswith("KeyError: 'what'\n")
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.endswith("KeyError: 'what'\n")
