@@ -40,6 +40,8 @@ class GeneratorActor:
         self._proved: set[int] = set()
         self._settled = asyncio.Event()
         self._updates = 0
+        # One update at a time: a relay that is lost asks again while the first one goes on.
+        self._turn = asyncio.Lock()
         self._polls = 0
         self._names = itertools.count()
 
@@ -109,6 +111,10 @@ class GeneratorActor:
         Raises `PayloadError` if the engine was not touched (the old version still serves) and `EngineLostError` if
         it has to be replaced.
         """
+        async with self._turn:
+            return await self._updated(manifest, verify, tolerance)
+
+    async def _updated(self, manifest: WeightManifest, verify: bool, tolerance: float) -> float:
         self._check_whole()
         with self._updating():
             self._references = [bucket.handle for bucket in manifest.buckets]

@@ -14,6 +14,7 @@ from actors.fleet import GeneratorFleet
 from actors.generator import GeneratorActor
 from actors.placement import Patience, SharedPlaces, actor_options, place, reserve, seat, stop
 from actors.preflight import Role
+from actors.relay import Relays
 from actors.turns import FleetParty
 from rlhf.config.generator import Generator
 from rlhf.config.system import Deadlines
@@ -50,7 +51,9 @@ class GeneratorLauncher:
         deadlines: Deadlines,
         patience: Patience,
         turns: Turns | None = None,
+        relays: Relays | None = None,
     ):
+        """Behind `relays` the fleet's handles are theirs; without them the generators' own."""
         self._config = config
         self._role = role
         self._spec = spec
@@ -59,6 +62,7 @@ class GeneratorLauncher:
         self._deadlines = deadlines
         self._patience = patience
         self._turns = turns
+        self._relays = relays
         self._places: dict[str, Place] = {}
 
     async def start(
@@ -105,13 +109,13 @@ class GeneratorLauncher:
         return fleet
 
     async def launch(self, name: str) -> Any:
-        """Start the engine of a name in its place; returns the actor, its model loaded."""
+        """Start the engine of a name in its place; returns its handle, the model loaded."""
         found = self._places[name]
         options = actor_options(name, found.group, found.bundle, self._role, self._environment)
         actor = ray.remote(GeneratorActor)
         handle: Any = actor.options(**options, max_concurrency=CONCURRENCY).remote(name, self._spec, self._shapes)
-        await within(handle.start.remote(), self._deadlines.start, f"{name}: loading the model")
-        return handle
+        node = await within(handle.start.remote(), self._deadlines.start, f"{name}: loading the model")
+        return await self._relays.handle(name, handle, node) if self._relays else handle
 
     async def end(self, name: str) -> None:
         """Stop the actor of a name, if it is there."""

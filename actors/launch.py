@@ -18,9 +18,10 @@ from actors.learner import LearnerGroup
 from actors.learner_launch import learner_role, start_learner
 from actors.placement import Patience, SharedPlaces, check, place_together, share
 from actors.preflight import COLUMNS, Role, live_nodes, rows
+from actors.relay import DIRECT, Relays
 from actors.turns import LearnerParty
 from actors.weights.outgoing import Publishing
-from actors.weights.transport import pick_transport
+from actors.weights.transport import OBJECT_STORE, pick_transport
 from rlhf.config import RunConfig
 from rlhf.config.colocate import sharing_gpu
 from rlhf.config.judge import Judge as JudgeConfig
@@ -178,10 +179,13 @@ class Launcher:
 
     async def _fleet(self, bar: Any, monitor: Monitor, patience: Patience) -> GeneratorFleet:
         config = self._config.generator
-        threads = self._cluster.threads(config.cpus, config.replicas.most(self._cluster.private))
+        most = config.replicas.most(self._cluster.private)
+        threads = self._cluster.threads(config.cpus, most)
+        # The other transports' updates are between learner and generators alone; a group that shares GPUs is small.
+        relayed = self.transport == OBJECT_STORE and self.turns is None and most > DIRECT
         self._generator_launcher = GeneratorLauncher(
             config, self._generators(), self._engine(), self._shapes, threads, self._config.cluster.deadlines, patience,
-            self.turns,
+            self.turns, Relays(monitor.alert) if relayed else None,
         )  # fmt: skip
         return await self._generator_launcher.start(
             self._elastic, self._places, bar.advance, self._budget, monitor, self._config.rounds.lookahead > 0

@@ -19,6 +19,7 @@ from rich.console import Console
 from actors.fleet import GeneratorFleet
 from actors.judge import JudgePool
 from actors.learner import LearnerGroup
+from actors.relay import DIRECT, Relays
 from actors.weights.plane import ObjectStorePlane
 from rlhf.config import RunConfig
 from rlhf.data.prompts import PromptOrder
@@ -212,6 +213,15 @@ class StandIns:
         generator = ray.remote(TimedGenerator)
         self._generators = [generator.options(max_concurrency=10_000, num_cpus=0).remote() for _ in range(actors)]
         self._judges = judges
+        self._node = ray.get_runtime_context().get_node_id()
+
+    async def _handles(self, count: int) -> dict[str, Any]:
+        """As a launcher gives them out: a large fleet's are behind relays."""
+        actors = {f"generator-{n}": self._generators[n % len(self._generators)] for n in range(count)}
+        if count <= DIRECT:
+            return actors
+        relays = Relays(print)
+        return {name: await relays.handle(name, actor, self._node) for name, actor in actors.items()}
 
     def system(self, shape: Shape, waits: Waits, run_dir: Path) -> tuple[System, RunConfig, ClockedGroup]:
         """A new run of `shape`: the parts, the config, and the learner."""
@@ -219,7 +229,7 @@ class StandIns:
         judge = ray.remote(TimedJudge).options(max_concurrency=10_000, num_cpus=0)
         learner = ray.remote(TimedLearner).options(num_cpus=0).remote(waits.learn)
         pool = JudgePool([judge.remote(waits.judge) for _ in range(self._judges)], config.judge.batch_size, 600.0)
-        handles = {f"generator-{n}": self._generators[n % len(self._generators)] for n in range(shape.generators)}
+        handles = asyncio.run(self._handles(shape.generators))
         fleet = GeneratorFleet(handles, {"prompt_s": waits.generate / shape.in_a_row}, SEQUENCES, _never)
         plane = ObjectStorePlane(fleet, verify=True, tolerance=1.0, deadline=600.0)
         group = ClockedGroup(learner, config)

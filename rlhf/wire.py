@@ -21,7 +21,7 @@ Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 class PackedRequests(list[SampleRequest]):
-    """Requests for a generator; they arrive as a `list[SampleRequest]`.
+    """Requests for a generator; they arrive as they were sent, and can be passed on.
 
     Token ids are int32, seeds int64: raises `OverflowError` for larger ones.
     """
@@ -130,9 +130,9 @@ def _requests(
     token_ids: Lists,
     references: list[str | None],
     seeds: Lists,
-) -> list[SampleRequest]:
+) -> PackedRequests:
     prompts = map(Prompt, uids, map(_messages, conversations), texts, _cut(token_ids), references)
-    return list(map(SampleRequest, prompts, _cut(seeds)))
+    return PackedRequests(map(SampleRequest, prompts, _cut(seeds)))
 
 
 def _comparisons(conversations: list[list[dict[str, str]]], rows: list[tuple[Any, ...]]) -> list[Comparison]:

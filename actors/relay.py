@@ -1,0 +1,299 @@
+"""Calls of many generators in few: a relay makes those of a whole group, and their answers come back together.
+
+Whatever it is for, a call of an actor costs its caller about half a millisecond of processor (`bench/calls.py`), so a
+driver that called 256 generators one by one would spend longer on that than on all else of a small round. It hands the
+calls of one moment to the relays instead, a post for each. To the fleet, a member behind a relay is a handle as others
+are.
+
+A relay holds nothing. One that is lost is started again, and what it had not answered is asked again: a response that
+comes twice is taken once, and a generator that gets an update twice loads it twice.
+"""
+
+import asyncio
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.calls import first_line, unwrap
+from rlhf.errors import RLHFError
+
+T = TypeVar("T")
+
+DIRECT = 8
+"""A fleet of up to so many members is called directly: a relay would cost more than it saves."""
+
+MEMBERS = 32
+"""Members of one relay at most."""
+
+LINGER_S = 0.002
+"""How long an answer waits for others to travel with."""
+
+ATTEMPTS = 3
+"""Relays that one post may cost before it counts as the cause."""
+
+CONCURRENCY = 10_000
+
+
+class Call(NamedTuple):
+    """A call of a member's method; `streams` says that it gives items until it ends."""
+
+    member: str
+    method: str
+    arguments: tuple[Any, ...]
+    streams: bool
+
+
+class Part(NamedTuple):
+    """Something that call `number` of a post gave: an item of its stream, its end with the result, or its error."""
+
+    number: int
+    kind: Literal["item", "end", "error"]
+    value: Any
+
+
+class Relay:
+    """The actor. It knows its members' actors by name."""
+
+    def __init__(self, members: dict[str, Any]):
+        self._members = members
+
+    def meet(self, member: str, actor: Any) -> None:
+        """A new member, or a new actor in a member's place."""
+        self._members[member] = actor
+
+    async def carry(self, calls: list[Call]) -> AsyncIterator[list[Part]]:
+        """Make all the calls at once; yields what they give, that of a few milliseconds together, until all ended."""
+        given: asyncio.Queue[Part] = asyncio.Queue()
+        tasks = [
+            asyncio.create_task(_make(number, call, self._members[call.member], given.put_nowait))
+            for number, call in enumerate(calls)
+        ]
+        left = len(calls)
+        while left:
+            parts = [await given.get()]
+            await asyncio.sleep(LINGER_S)
+            while not given.empty():
+                parts.append(given.get_nowait())
+            left -= sum(part.kind != "item" for part in parts)
+            yield parts
+        await asyncio.gather(*tasks)
+
+
+async def _make(number: int, call: Call, actor: Any, give: Callable[[Part], None]) -> None:
+    try:
+        method = getattr(actor, call.method)
+        if not call.streams:
+            give(Part(number, "end", await method.remote(*call.arguments)))
+            return
+        async for reference in method.options(num_returns="streaming").remote(*call.arguments):
+            give(Part(number, "item", await reference))
+        give(Part(number, "end", None))
+    except ray.exceptions.RayTaskError as error:
+        cause = unwrap(error)
+        # An unexpected one is of a class that Ray made up for it, which cannot travel; its text has the traceback.
+        give(Part(number, "error", cause if isinstance(cause, RLHFError) else UnexpectedError(str(error))))
+    except ray.exceptions.RayError as error:
+        give(Part(number, "error", ActorGoneError(first_line(error))))
+    except Exception:
+        # Whoever waits must hear of it, whatever it is.
+        give(Part(number, "error", UnexpectedError(traceback.format_exc())))
+
+
+class UnexpectedError(Exception):
+    """A member's method, or the call of it, raised what nobody expects; the message is the traceback."""
+
+
+class ActorGoneError(ray.exceptions.RayActorError):
+    """A member's actor is gone, or cannot be reached."""
+
+    def __init__(self, message: str):
+        super().__init__(error_msg=message)
+        self._message = message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ActorGoneError, (self._message,)
+
+
+class Answer(Awaitable[Any]):
+    """What a call gives: awaited, its result; iterated, its items, each to be awaited as Ray's references are."""
+
+    def __init__(self) -> None:
+        self._parts: asyncio.Queue[Part] = asyncio.Queue()
+        self.ended = False
+
+    def give(self, part: Part) -> None:
+        """The next part has arrived."""
+        self.ended = self.ended or part.kind != "item"
+        self._parts.put_nowait(part)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        part = yield from self._parts.get().__await__()
+        if part.kind == "error":
+            raise part.value
+        return part.value
+
+    def __aiter__(self) -> "Answer":
+        return self
+
+    async def __anext__(self) -> Awaitable[Any]:
+        part = await self._parts.get()
+        if part.kind == "error":
+            raise part.value
+        if part.kind == "end":
+            raise StopAsyncIteration
+        return _Arrived(part.value)
+
+
+class _Arrived(Awaitable[T]):
+    def __init__(self, value: T):
+        self._value = value
+
+    def __await__(self) -> Generator[Any, None, T]:
+        return self._value
+        yield
+
+
+class Line:
+    """The driver's side of one relay: calls that are made in the same moment travel as one post."""
+
+    def __init__(self, name: str, node: str, alert: Callable[[str], None]):
+        """`node` is where the relay is to be, if there is room."""
+        self._name = name
+        self._node = node
+        self._alert = alert
+        self._members: dict[str, Any] = {}
+        self._relay: Any = None
+        self._lock = asyncio.Lock()
+        self._waiting: list[tuple[Call, Answer]] = []
+        self._posts: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __contains__(self, member: str) -> bool:
+        return member in self._members
+
+    async def take(self, member: str, actor: Any) -> "Relayed":
+        """A handle of a new member, or of a new actor in a member's place."""
+        self._members[member] = actor
+        async with self._lock:
+            if self._relay is not None:
+                # A relay that is gone hears of everybody when it is started again.
+                await _unless_gone(self._relay.meet.remote(member, actor))
+        return Relayed(self, member)
+
+    def call(self, call: Call) -> Answer:
+        """Make a call with the others of this moment."""
+        answer = Answer()
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._waiting.append((call, answer))
+        return answer
+
+    def _send(self) -> None:
+        calls, self._waiting = self._waiting, []
+        task = asyncio.create_task(self._post(calls))
+        self._posts.add(task)
+        task.add_done_callback(self._posts.discard)
+
+    async def _post(self, calls: Sequence[tuple[Call, Answer]]) -> None:
+        """Send calls, and whatever a lost relay leaves unanswered once more."""
+        for attempt in range(1, ATTEMPTS + 1):
+            relay = await self._there()
+            try:
+                carried = relay.carry.options(num_returns="streaming").remote([call for call, _ in calls])
+                async for reference in carried:
+                    for part in await reference:
+                        calls[part.number][1].give(part)
+                    if all(answer.ended for _, answer in calls):
+                        # The stream's end says nothing new.
+                        return
+                return
+            except ray.exceptions.RayError as error:
+                self._gone(relay, first_line(error))
+                calls = [(call, answer) for call, answer in calls if not answer.ended]
+                if attempt == ATTEMPTS:
+                    fail(calls, ActorGoneError(f"{self._name}: {first_line(error)}"))
+            except Exception as error:
+                # Whoever waits must hear of it, whatever it is.
+                fail(calls, error)
+                return
+
+    async def _there(self) -> Any:
+        async with self._lock:
+            if self._relay is None:
+                actor = ray.remote(Relay)
+                place = NodeAffinitySchedulingStrategy(self._node, soft=True)
+                options = actor.options(num_cpus=0, max_concurrency=CONCURRENCY, scheduling_strategy=place)
+                self._relay = options.remote(self._members)
+            return self._relay
+
+    def _gone(self, relay: Any, reason: str) -> None:
+        if self._relay is relay:
+            self._relay = None
+            self._alert(f"{self._name} is started again: {reason}")
+
+
+def fail(calls: Sequence[tuple[Call, Answer]], error: Exception) -> None:
+    """End all that have not ended with an error."""
+    for number, (_, answer) in enumerate(calls):
+        if not answer.ended:
+            answer.give(Part(number, "error", error))
+
+
+class Relays:
+    """The lines of a fleet: each new member joins one that has room."""
+
+    def __init__(self, alert: Callable[[str], None]):
+        self._alert = alert
+        self._lines: list[Line] = []
+
+    async def handle(self, member: str, actor: Any, node: str) -> "Relayed":
+        """What stands for `actor`, which runs on `node`, from now on."""
+        lines = [line for line in self._lines if member in line] or [
+            line for line in self._lines if len(line) < MEMBERS
+        ]
+        if not lines:
+            lines = [Line(f"relay-{len(self._lines)}", node, self._alert)]
+            self._lines += lines
+        return await lines[0].take(member, actor)
+
+
+class Relayed:
+    """A member's handle: its methods are called as those of Ray's handles are."""
+
+    def __init__(self, line: Line, member: str):
+        self._line = line
+        self._member = member
+
+    def __getattr__(self, method: str) -> "_Method":
+        if method.startswith("__"):
+            raise AttributeError(method)
+        return _Method(self._line, self._member, method)
+
+
+class _Method:
+    def __init__(self, line: Line, member: str, method: str, streams: bool = False):
+        self._line = line
+        self._member = member
+        self._method = method
+        self._streams = streams
+
+    def options(self, num_returns: Literal["streaming"]) -> "_Method":
+        """The only option there is."""
+        assert num_returns == "streaming"
+        return _Method(self._line, self._member, self._method, streams=True)
+
+    def remote(self, *arguments: Any) -> Answer:
+        """Make the call."""
+        return self._line.call(Call(self._member, self._method, arguments, self._streams))
+
+
+async def _unless_gone(call: Awaitable[Any]) -> None:
+    try:
+        await call
+    except ray.exceptions.RayError:
+        return
