@@ -28,8 +28,8 @@ DIRECT = 8
 MEMBERS = 32
 """Members of one relay at most."""
 
-LINGER_S = 0.002
-"""How long an answer waits for others to travel with."""
+LINGER_S = 0.02
+"""How long an answer waits for others to travel with: little beside what generators take, who answer at all times."""
 
 ATTEMPTS = 3
 """Relays that one post may cost before it counts as the cause."""
@@ -117,25 +117,23 @@ class ActorGoneError(ray.exceptions.RayActorError):
         return ActorGoneError, (self._message,)
 
 
-class Answer(Awaitable[Any]):
-    """What a call gives: awaited, its result; iterated, its items, each to be awaited as Ray's references are."""
+class Stream:
+    """The items of a call as they come, each to be awaited as Ray's references are."""
 
     def __init__(self) -> None:
         self._parts: asyncio.Queue[Part] = asyncio.Queue()
-        self.ended = False
+        self._ended = False
+
+    def done(self) -> bool:
+        """Is nothing left to come?"""
+        return self._ended
 
     def give(self, part: Part) -> None:
         """The next part has arrived."""
-        self.ended = self.ended or part.kind != "item"
+        self._ended = self._ended or part.kind != "item"
         self._parts.put_nowait(part)
 
-    def __await__(self) -> Generator[Any, None, Any]:
-        part = yield from self._parts.get().__await__()
-        if part.kind == "error":
-            raise part.value
-        return part.value
-
-    def __aiter__(self) -> "Answer":
+    def __aiter__(self) -> "Stream":
         return self
 
     async def __anext__(self) -> Awaitable[Any]:
@@ -145,6 +143,20 @@ class Answer(Awaitable[Any]):
         if part.kind == "end":
             raise StopAsyncIteration
         return _Arrived(part.value)
+
+
+Answer = Stream | asyncio.Future[Any]
+
+
+def give(answer: Answer, part: Part) -> None:
+    """The next part of an answer has arrived."""
+    if isinstance(answer, Stream):
+        answer.give(part)
+    elif not answer.done():  # whoever waited may have stopped
+        if part.kind == "error":
+            answer.set_exception(part.value)
+        else:
+            answer.set_result(part.value)
 
 
 class _Arrived(Awaitable[T]):
@@ -187,9 +199,10 @@ class Line:
 
     def call(self, call: Call) -> Answer:
         """Make a call with the others of this moment."""
-        answer = Answer()
+        loop = asyncio.get_running_loop()
+        answer: Answer = Stream() if call.streams else loop.create_future()
         if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._send)
+            loop.call_soon(self._send)
         self._waiting.append((call, answer))
         return answer
 
@@ -207,14 +220,14 @@ class Line:
                 carried = relay.carry.options(num_returns="streaming").remote([call for call, _ in calls])
                 async for reference in carried:
                     for part in await reference:
-                        calls[part.number][1].give(part)
-                    if all(answer.ended for _, answer in calls):
+                        give(calls[part.number][1], part)
+                    if all(answer.done() for _, answer in calls):
                         # The stream's end says nothing new.
                         return
                 return
             except ray.exceptions.RayError as error:
                 self._gone(relay, first_line(error))
-                calls = [(call, answer) for call, answer in calls if not answer.ended]
+                calls = [(call, answer) for call, answer in calls if not answer.done()]
                 if attempt == ATTEMPTS:
                     fail(calls, ActorGoneError(f"{self._name}: {first_line(error)}"))
             except Exception as error:
@@ -240,8 +253,8 @@ class Line:
 def fail(calls: Sequence[tuple[Call, Answer]], error: Exception) -> None:
     """End all that have not ended with an error."""
     for number, (_, answer) in enumerate(calls):
-        if not answer.ended:
-            answer.give(Part(number, "error", error))
+        if not answer.done():
+            give(answer, Part(number, "error", error))
 
 
 class Relays:

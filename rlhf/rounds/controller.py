@@ -21,6 +21,7 @@ from rlhf.errors import RLHFError
 from rlhf.ports import Fleet, Learner, Monitor, PairSource, RoundEvaluator, WeightPlane
 from rlhf.records import SealedRound, SyncReport
 from rlhf.rounds.checkpoints import CheckpointStore
+from rlhf.rounds.garbage import seldom_collected
 from rlhf.rounds.ledger import Ledger
 from rlhf.rounds.metrics import RoundClock, round_metrics
 from rlhf.rounds.saving import Saver, commit_trained
@@ -67,6 +68,11 @@ class System:
 
 async def run_rounds(system: System, config: LoopConfig, finish: Callable[[], Awaitable[None]] | None = None) -> None:
     """Run every round that is not done yet, then `finish`; once more for each time that the learner is lost in it."""
+    with seldom_collected():
+        await _until_done(system, config, finish)
+
+
+async def _until_done(system: System, config: LoopConfig, finish: Callable[[], Awaitable[None]] | None) -> None:
     task = asyncio.current_task()
     assert task is not None
     while True:
@@ -158,7 +164,9 @@ async def publish(system: System, version: int) -> SyncReport:
         return SyncReport(version, 0.0, 0, (), {}, 0.0)
     manifest = await system.learner.manifest(version)
     report = await system.plane.publish(manifest, system.fleet.members())
-    await asyncio.gather(*(system.fleet.admit(member, version) for member in report.served))
+    for member in report.served:
+        # Their answers to the update have said what they proved: nobody has to be asked.
+        await system.fleet.admit(member, version)
     for member, reason in report.failed.items():
         await system.fleet.suspend(member)
         system.monitor.alert(f"{member} does not serve version {version}: {reason}")

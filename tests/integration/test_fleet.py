@@ -22,6 +22,7 @@ from actors.fleet import GeneratorFleet
 from actors.generator import GeneratorActor
 from actors.judge_launch import JudgeLauncher
 from actors.placement import stop
+from actors.relay import Relays
 from actors.weights.payload import pack
 from actors.weights.plane import ObjectStorePlane
 from rlhf.config.judge import PythonJudge
@@ -248,6 +249,54 @@ async def test_sequences_run_through_an_update_and_are_given_out_once_it_is_prov
             assert rollout.oldest_version == 0
             prompt = given[int(rollout.uid[1:])].prompt.token_ids
             assert rollout.logprobs == pytest.approx(weights.logprobs(prompt, rollout), abs=1e-4)
+
+
+@pytest.mark.slow
+async def test_a_relay_killed_in_mid_sampling_and_in_mid_update_costs_no_generator(launch, tiny_model):
+    alerts: list[str] = []
+    relays = Relays(alerts.append)
+    actor = await launch("relayed-0")
+    handle = await relays.handle("relayed-0", actor, ray.get_runtime_context().get_node_id())
+
+    async def never(name: str) -> Any:
+        raise AssertionError(f"{name} was started again")
+
+    fleet = GeneratorFleet({"relayed-0": handle}, SAMPLING, 8, never, RestartBudget(3, 3600.0), 60.0, alerts.append)
+    plane = ObjectStorePlane(fleet, verify=True, tolerance=1e-4, deadline=60)
+    weights = Weights(tiny_model)
+    await plane.publish(weights.manifest(0), fleet.members())
+    await fleet.admit("relayed-0", 0)
+    given = requests(3)
+    undisturbed = await collect(fleet.sample(given, 120))
+    assert len(undisturbed) == 6
+
+    async def kill_relay() -> None:
+        [line] = relays._lines
+        os.kill(await line._relay.__ray_call__.remote(lambda self: os.getpid()), signal.SIGKILL)
+
+    task = asyncio.create_task(collect(fleet.sample(given, 120)))
+    await further(actor, 200)
+    await kill_relay()
+    same(await task, undisturbed)
+
+    async def at_work() -> bool:
+        return await actor.__ray_call__.remote(lambda self: self._updates) > 0
+
+    await actor.hold.remote()
+    publishing = asyncio.create_task(plane.publish(weights.manifest(1), fleet.members()))
+    await until(at_work)
+    await kill_relay()
+    await actor.release.remote()
+    report = await publishing
+    assert (report.served, report.failed) == (("relayed-0",), {})
+    await fleet.admit("relayed-0", 1)
+    assert await actor.version.remote() == 1
+    fresh = await collect(fleet.sample(given, 120))
+    rollout = fresh["u0", 0]
+    assert [span.version for span in rollout.versions] == [1]
+    assert rollout.logprobs == pytest.approx(weights.logprobs(given[0].prompt.token_ids, rollout), abs=1e-4)
+    assert [alert.split(":")[0] for alert in alerts] == ["relay-0 is started again"] * 2
+    assert fleet.metrics() == {"fleet/members": 1.0, "fleet/restarts": 0.0}
 
 
 def slow_judge(messages: list[Message], a: str, b: str, reference: str | None, folder: str) -> float:

@@ -1,0 +1,25 @@
+"""Python's collector of cycles, told that a round's records have none."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+YOUNG = 200_000
+"""Objects that are made, and not freed again, between two looks at the youngest of them (Python's default is 700)."""
+
+
+@contextmanager
+def seldom_collected() -> Iterator[None]:
+    """Look for cycles seldom: a large round makes millions of records, all of them trees that free themselves, and
+    looking at them over and over takes as long as making them (`bench/overlap.py`).
+
+    What is there at the start, imported modules above all, is not looked at again before the end.
+    """
+    before = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(YOUNG, 10, 10)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()

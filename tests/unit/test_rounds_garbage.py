@@ -1,0 +1,30 @@
+"""The collector of cycles during a run."""
+
+import gc
+import weakref
+
+import pytest
+
+from rlhf.rounds.garbage import YOUNG, seldom_collected
+
+
+class Node:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_it_is_as_before_afterwards_also_after_an_error() -> None:
+    before = gc.get_threshold()
+    with pytest.raises(KeyError), seldom_collected():
+        assert gc.get_threshold()[0] == YOUNG > before[0]
+        assert gc.get_freeze_count() > 0
+        raise KeyError
+    assert gc.get_threshold() == before
+    assert gc.get_freeze_count() == 0
+
+
+def test_cycles_are_still_found() -> None:
+    with seldom_collected():
+        node = weakref.ref(Node())
+        kept = [[] for _ in range(YOUNG + 1000)]
+        assert node() is None, len(kept)
