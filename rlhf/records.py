@@ -63,7 +63,7 @@ class Rollout:
     @property
     def oldest_version(self) -> int:
         """The oldest version that wrote a token."""
-        return min(span.version for span in self.versions)
+        return min([span.version for span in self.versions])
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -154,7 +154,11 @@ class PromptOrder:
             epoch, offset = divmod(start, size)
             chunk = self._permutation(epoch)[offset : offset + count]
             drawn = (self._prompts[index] for index in chunk.tolist())
-            result.extend(replace(prompt, uid=f"{prompt.uid}-{epoch}") for prompt in drawn)
+            # Not `dataclasses.replace`, which takes three times as long.
+            result.extend(
+                Prompt(f"{each.uid}-{epoch}", each.messages, each.text, each.token_ids, each.reference)
+                for each in drawn
+            )
             start, count = start + len(chunk), count - len(chunk)
         return result
 

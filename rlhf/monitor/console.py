@@ -114,6 +114,10 @@ class ConsoleSink:
         self.console.print(item, highlight=False, soft_wrap=isinstance(item, Text) and not self.console.is_terminal)
 
 
+ADVANCE_S = 0.1
+"""Between two movements of a bar."""
+
+
 class Part:
     """One running part; a context manager that counts what `advance` reports."""
 
@@ -122,9 +126,9 @@ class Part:
         self._bars = bars
         self._name = name
         self._total = total
-        self._done = 0
+        self._done = self._shown = 0
         self._task: TaskID | None = None
-        self._started = 0.0
+        self._started = self._shown_at = 0.0
 
     def __enter__(self) -> "Part":
         self._started = time.monotonic()
@@ -137,9 +141,12 @@ class Part:
         self._sink.part_ended(self._name, self._done, self._total, seconds, failed=exc[0] is not None)
 
     def advance(self, amount: int = 1) -> None:
-        """Move on by `amount`."""
+        """Move on by `amount`. The bar moves a few times a second: moving it costs more than most of what it counts."""
         self._done += amount
-        self._bars.advance(self._task, amount)
+        now = time.monotonic()
+        if now - self._shown_at >= ADVANCE_S or self._done == self._total:
+            self._bars.advance(self._task, self._done - self._shown)
+            self._shown, self._shown_at = self._done, now
 
 
 class _Bars:

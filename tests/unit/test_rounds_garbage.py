@@ -15,10 +15,15 @@ class Node:
 
 def test_it_is_as_before_afterwards_also_after_an_error() -> None:
     before = gc.get_threshold()
-    with pytest.raises(KeyError), seldom_collected():
-        assert gc.get_threshold()[0] == YOUNG > before[0]
-        assert gc.get_freeze_count() > 0
-        raise KeyError
+
+    def fail() -> None:
+        with seldom_collected():
+            assert gc.get_threshold()[0] == YOUNG > before[0]
+            assert gc.get_freeze_count() > 0
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert gc.get_threshold() == before
     assert gc.get_freeze_count() == 0
 

@@ -81,9 +81,10 @@ async def make_pairs(
 def _usable(group: Group) -> list[Rollout]:
     """The responses that have tokens, in order of k."""
     uid = group.prompt.uid
-    if any(rollout.uid != uid for rollout in group.rollouts):
-        raise ValueError(f"responses of other prompts in the group of prompt {uid}")
-    return sorted((rollout for rollout in group.rollouts if rollout.token_ids), key=_number)
+    for rollout in group.rollouts:
+        if rollout.uid != uid:
+            raise ValueError(f"responses of other prompts in the group of prompt {uid}")
+    return sorted([rollout for rollout in group.rollouts if rollout.token_ids], key=_number)
 
 
 def _result(
@@ -159,4 +160,5 @@ def _pair(candidate: Candidate, group: Sequence[Rollout], prompt: Prompt, round:
 
 def _comparable_logprobs(rollout: Rollout) -> tuple[float, ...]:
     """The engine's log-probs if one version wrote the whole response; a mixture compares with no learner."""
-    return rollout.logprobs if len({span.version for span in rollout.versions}) == 1 else ()
+    versions = rollout.versions
+    return rollout.logprobs if len(versions) == 1 or len({span.version for span in versions}) == 1 else ()
