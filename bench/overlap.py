@@ -3,7 +3,7 @@
     python bench/overlap.py [idle] [generators] [prompts] [--rounds 5] [--largest 100000]
 
 Generation, judging and learning are timed waits in Ray actors (bench/_standins.py); the loop, its ledger, sealed files,
-fleet, judge pool and weight plane are the real ones. Needs no model; about three minutes, most of them waiting.
+fleet, relays, judge pool and weight plane are the real ones. Needs no model; about three minutes, most of them waiting.
 
 `idle`: the share of the time in which the learner does not train, for generation faster than, as fast as and slower
 than learning. `generators` and `prompts`: all waits are zero, so a round is what the loop costs. Writing, hashing and
@@ -27,6 +27,7 @@ from _standins import MAX_ACTORS, ClockedGroup, Shape, StandIns, Waits
 from _stopwatch import Stopwatch
 
 from actors.cluster import connect
+from actors.relay import MEMBERS
 from rlhf.config.system import Cluster
 from rlhf.rounds import online
 from rlhf.rounds.controller import run_rounds
@@ -163,7 +164,8 @@ def main() -> None:
         connect("bench-overlap", Cluster(), 512 << 20),
     ):
         folder = Path(temporary)
-        standins = StandIns(MAX_ACTORS - 2)
+        # Besides them a judge, a learner, and the relays of the largest fleet.
+        standins = StandIns(MAX_ACTORS - 2 - GENERATORS[-1] // MEMBERS)
         # Workers start and import; none of it is a round's.
         run(standins, Shape(generators=64, rounds=2), Waits(), folder / "warm-up")
         if "idle" in parts:

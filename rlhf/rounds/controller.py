@@ -21,7 +21,7 @@ from rlhf.errors import RLHFError
 from rlhf.ports import Fleet, Learner, Monitor, PairSource, RoundEvaluator, WeightPlane
 from rlhf.records import SealedRound, SyncReport
 from rlhf.rounds.checkpoints import CheckpointStore
-from rlhf.rounds.garbage import seldom_collected
+from rlhf.rounds.garbage import collect, seldom_collected
 from rlhf.rounds.ledger import Ledger
 from rlhf.rounds.metrics import RoundClock, round_metrics
 from rlhf.rounds.saving import Saver, commit_trained
@@ -154,6 +154,7 @@ async def train_rounds(
         await saver.save(round, last=last)
         if system.evaluator and system.evaluator.due(round, last):
             await system.evaluator.evaluate(round)
+        collect(round)
         permits.release()
 
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 
-from rlhf.rounds.garbage import YOUNG, seldom_collected
+from rlhf.rounds.garbage import ALL_EVERY, YOUNG, collect, seldom_collected
 
 
 class Node:
@@ -33,3 +33,19 @@ def test_cycles_are_still_found() -> None:
         node = weakref.ref(Node())
         kept = [[] for _ in range(YOUNG + 1000)]
         assert node() is None, len(kept)
+
+
+def test_a_round_leaves_nothing_behind() -> None:
+    with seldom_collected():
+        node = weakref.ref(Node())
+        assert node() is not None
+        collect(1)
+        assert node() is None
+        old = Node()
+        gc.collect()
+        node = weakref.ref(old)
+        del old
+        collect(1)
+        assert node() is not None
+        collect(ALL_EVERY)
+        assert node() is None
