@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import ray
 
 from actors.calls import first_line, unwrap
+from actors.relay import RelayLostError
 from rlhf.errors import EngineLostError
 from rlhf.records import Rollout, SampleRequest
 from rlhf.wire import PackedRequests, Responses
@@ -176,6 +177,9 @@ class Dispatch:
             lost = str(cause)
         except EngineLostError as error:
             lost = str(error)
+        except RelayLostError:
+            # What is missing is asked for again, of whoever takes it; nothing is wrong with the member.
+            pass
         except ray.exceptions.RayError as error:
             # The actor is gone, or the node that held what it gave.
             lost = f"died while sampling: {first_line(error)}"

@@ -9,11 +9,12 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from actors.calls import ActorDiedError, NoAnswerError, within
 from actors.dispatch import Dispatch
+from actors.member import Member
+from actors.relay import RelayLostError
 from actors.reviving import revive
 from rlhf.errors import DeadlineError, EngineLostError, RLHFError
 from rlhf.health import RUNNING, SERVING, Clock, Health, RestartBudget, State
@@ -33,19 +34,6 @@ EXPECT_POLL_S = 0.1
 
 CatchUp = Callable[[str], Awaitable[RLHFError | None]]
 """Brings a member that was started again to the served version and admits it; returns why it could not."""
-
-
-@dataclass(eq=False)
-class _Member:
-    """One place in the fleet. `handle` is its present process; `streams` are what that works on."""
-
-    name: str
-    handle: Any
-    health: Health
-    streams: int = 0
-    tokens: int | None = None
-    proof: int | None = None
-    """The version that the process has proved in its answer to an update, until it is admitted with it."""
 
 
 class GeneratorFleet:
@@ -69,7 +57,7 @@ class GeneratorFleet:
         """
         self._budget = budget or RestartBudget(5, 3600.0, clock)
         self._members = {
-            name: _Member(name, handle, Health(self._budget, token_s, clock)) for name, handle in handles.items()
+            name: Member(name, handle, Health(self._budget, token_s, clock)) for name, handle in handles.items()
         }
         self._sampling = sampling
         self._sequences = sequences
@@ -117,17 +105,24 @@ class GeneratorFleet:
         """Let a member serve a version that it has proved, which only the engine can know: it is asked, unless its
         answer to an update has just said so.
 
-        One that has died meanwhile is started again instead.
+        One that has died meanwhile is started again instead, and gets the version then.
         """
         found = self._members[member]
         handle, proved, found.proof = found.handle, found.proof, None
         if proved != version:
+            if handle is None:
+                return
             try:
                 proved = await within(handle.version.remote(), ADMIT_S, f"{member}: version")
             except (ActorDiedError, NoAnswerError) as error:
                 self.lost(member, str(error), handle)
                 return
+            except RelayLostError:
+                # It stays STALE until the next version.
+                return
         if proved != version:
+            if self._coming(member):
+                return
             raise RLHFError(f"{member} cannot be admitted with version {version}: it has proved {proved}")
         if version != self._version:
             self._version = version
@@ -136,26 +131,36 @@ class GeneratorFleet:
         if found.handle is handle and found.health.proved(version):
             self._join(member)
 
-    def proved(self, member: str, version: int, handle: Any) -> None:
-        """The process behind `handle` has taken an update to `version` and proved it."""
+    def proved(self, member: str, version: int, handle: Any) -> bool:
+        """The process behind `handle` has taken an update to `version` and proved it; False if it is gone by now."""
         found = self._members[member]
-        if found.handle is handle:
-            found.proof = version
+        if found.handle is not handle:
+            return False
+        found.proof = version
+        return True
+
+    def has(self, member: str, version: int) -> bool:
+        """Has the member's process proved this version, or does it serve it already?"""
+        found = self._members[member]
+        return found.proof == version or (self._version == version and found.health.state in SERVING)
 
     async def suspend(self, member: str) -> None:
         """Make a member STALE: it serves nothing until it is admitted again."""
         self._members[member].proof = None
         self._members[member].health.overtaken()
 
-    async def replace(self, member: str, reason: str = "replaced") -> None:
-        """Put a new actor in a member's place; it is STALE until admitted. Raises `RLHFError` if it cannot be done."""
+    async def replace(self, member: str, reason: str, handle: Any) -> None:
+        """Wait for a new actor in the place of the process behind `handle`; it is STALE until admitted.
+
+        Whoever calls sends it a version: that it is caught up with is not waited for. Raises `RLHFError` if there will
+        be none.
+        """
         found = self._members[member]
-        recovery = self._recoveries.get(member)
-        if recovery is None and found.health.state in RUNNING:
-            self._drop(found, reason)
-            recovery = self._recover(found, catch_up=False)
-        if recovery:
-            await asyncio.shield(recovery)
+        self.lost(member, reason, handle)
+        while found.handle is None and self._coming(member):
+            started = asyncio.ensure_future(found.started.wait())
+            await asyncio.wait({self._recoveries[member], started}, return_when=asyncio.FIRST_COMPLETED)
+            started.cancel()
         if found.health.state == State.RETIRED:
             raise RLHFError(f"{member}: {found.health.reason}")
 
@@ -175,7 +180,9 @@ class GeneratorFleet:
     def add(self, member: str, handle: Any) -> None:
         """A new member, or one in the place of another that has left: STALE until it has proved what is served."""
         self._expected.discard(member)
-        self._members[member] = found = _Member(member, handle, Health(self._budget, self._token_s, self._clock))
+        if self._coming(member):
+            self._recoveries.pop(member).cancel()
+        self._members[member] = found = Member(member, handle, Health(self._budget, self._token_s, self._clock))
         if self._version is not None:
             found.health.published(self._version)
         self._recover(found)
@@ -263,7 +270,7 @@ class GeneratorFleet:
             self._drop(found, reason)
             self._recover(found)
 
-    def _answered(self, member: _Member) -> None:
+    def _answered(self, member: Member) -> None:
         before = member.health.state
         member.health.answered()
         if before == State.SUSPECT:
@@ -273,28 +280,39 @@ class GeneratorFleet:
         for dispatch in self._dispatches:
             dispatch.join(member)
 
-    def _drop(self, member: _Member, reason: str) -> None:
+    def _drop(self, member: Member, reason: str) -> None:
         """Count the member's process as dead. News of it can still come, and are told by its handle."""
         member.health.died(reason)
+        member.started.clear()
+        if member.catching_up:
+            member.catching_up.cancel()
         member.handle, member.streams, member.tokens, member.proof = None, 0, None, None
         for dispatch in self._dispatches:
             dispatch.leave(member.name)
 
-    def _recover(self, member: _Member, catch_up: bool = True) -> "asyncio.Task[None]":
-        """Start a member again, in the background; `catch_up` brings it to the served version."""
-        task = asyncio.create_task(self._come_back(member, catch_up))
+    def _coming(self, member: str) -> bool:
+        """Is the member being started again, or caught up?"""
+        recovery = self._recoveries.get(member)
+        return recovery is not None and not recovery.done()
+
+    def _recover(self, member: Member) -> None:
+        """Start a member again, or bring a new one to the served version, in the background: once at a time."""
+        if self._coming(member.name):
+            # It sees that the process is gone.
+            return
+        task = asyncio.create_task(self._come_back(member))
         self._recoveries[member.name] = task
 
         def ended(task: "asyncio.Task[None]") -> None:
-            self._recoveries.pop(member.name, None)
+            if self._recoveries.get(member.name) is task:
+                del self._recoveries[member.name]
             if not task.cancelled() and (error := task.exception()):
                 self._tell(error)
             self._tell_if_hopeless()
 
         task.add_done_callback(ended)
-        return task
 
-    async def _come_back(self, member: _Member, catch_up: bool) -> None:
+    async def _come_back(self, member: Member) -> None:
         """Until it is up, or gone for good. One that is new, not DEAD, has its process already."""
 
         def start() -> Awaitable[Any]:
@@ -303,16 +321,26 @@ class GeneratorFleet:
         while True:
             if member.health.state == State.DEAD:
                 member.handle = await revive(member.name, member.health, self._budget, start, self._alert)
-            if member.handle is None or not catch_up or self.catch_up is None:
-                return
             handle = member.handle
-            error = await self.catch_up(member.name)
+            if handle is None:
+                return
+            member.started.set()
+            if self.catch_up is None:
+                return
+            member.catching_up = asyncio.ensure_future(self.catch_up(member.name))
+            try:
+                error = await member.catching_up
+            except asyncio.CancelledError:
+                if member.handle is handle:
+                    raise
+            if member.handle is not handle:
+                # It died meanwhile, whatever became of the version.
+                continue
             if not isinstance(error, EngineLostError):
                 if error:
                     self._alert(f"{member.name} waits for the next version: {error}")
                 return
-            if member.handle is handle and member.health.state in RUNNING:
-                self._drop(member, str(error))
+            self._drop(member, str(error))
 
     def _tell_if_hopeless(self) -> None:
         """End what is being sampled when nobody serves and nobody will."""
@@ -346,12 +374,12 @@ class GeneratorFleet:
         except Exception as error:
             self._tell(error)
 
-    async def _ask(self, member: _Member) -> None:
+    async def _ask(self, member: Member) -> None:
         """Its answer alone is no sign of life: it counts when tokens have come since the last time."""
         handle = member.handle
         try:
             tokens = await within(handle.progress.remote(), self._poll_s, f"{member.name}: progress")
-        except NoAnswerError:
+        except (NoAnswerError, RelayLostError):
             return
         except ActorDiedError as error:
             self.lost(member.name, str(error), handle)

@@ -40,7 +40,7 @@ class GeneratorActor:
         self._proved: set[int] = set()
         self._settled = asyncio.Event()
         self._updates = 0
-        # One update at a time: a relay that is lost asks again while the first one goes on.
+        # One update at a time: after a lost relay it is sent again while the first one goes on.
         self._turn = asyncio.Lock()
         self._polls = 0
         self._names = itertools.count()

@@ -5,8 +5,9 @@ driver that called 256 generators one by one would spend longer on that than on 
 calls of one moment to the relays instead, a post for each. To the fleet, a member behind a relay is a handle as others
 are.
 
-A relay holds nothing. One that is lost is started again, and what it had not answered is asked again: a response that
-comes twice is taken once, and a generator that gets an update twice loads it twice.
+A relay holds nothing, and its members do not need it. When one is lost, or says nothing for two minutes, another takes
+its place; what it was asked ends in a `RelayLostError`, which is no word about the member: a stream's missing responses
+are asked for again, an update is sent again.
 """
 
 import asyncio
@@ -17,8 +18,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.calls import first_line, unwrap
-from rlhf.errors import RLHFError
+from actors.calls import first_line, unwrap, within
+from rlhf.errors import PayloadError, RLHFError
 
 T = TypeVar("T")
 
@@ -31,8 +32,14 @@ MEMBERS = 32
 LINGER_S = 0.02
 """How long an answer waits for others to travel with: little beside what generators take, who answer at all times."""
 
-ATTEMPTS = 3
-"""Relays that one post may cost before it counts as the cause."""
+BEAT_S = 15.0
+"""Between two signs of life of a post that gives nothing else."""
+
+SILENT_S = 120.0
+"""A relay that owes a sign of life for so long is wedged."""
+
+PAUSE_S = 2.0
+"""Before another relay is started: what ended the last one, such as memory that is not free yet, may pass."""
 
 CONCURRENCY = 10_000
 
@@ -65,7 +72,10 @@ class Relay:
         self._members[member] = actor
 
     async def carry(self, calls: list[Call]) -> AsyncIterator[list[Part]]:
-        """Make all the calls at once; yields what they give, that of a few milliseconds together, until all ended."""
+        """Make all the calls at once; yields what they give, that of a few milliseconds together, until all ended.
+
+        Yields nothing but an empty list every `BEAT_S` seconds while none of them gives anything.
+        """
         given: asyncio.Queue[Part] = asyncio.Queue()
         tasks = [
             asyncio.create_task(_make(number, call, self._members[call.member], given.put_nowait))
@@ -73,7 +83,12 @@ class Relay:
         ]
         left = len(calls)
         while left:
-            parts = [await given.get()]
+            try:
+                async with asyncio.timeout(BEAT_S):
+                    parts = [await given.get()]
+            except TimeoutError:
+                yield []
+                continue
             await asyncio.sleep(LINGER_S)
             while not given.empty():
                 parts.append(given.get_nowait())
@@ -104,6 +119,10 @@ async def _make(number: int, call: Call, actor: Any, give: Callable[[Part], None
 
 class UnexpectedError(Exception):
     """A member's method, or the call of it, raised what nobody expects; the message is the traceback."""
+
+
+class RelayLostError(PayloadError):
+    """The relay that a call went through is gone. The member is as it was, or does what it was asked."""
 
 
 class ActorGoneError(ray.exceptions.RayActorError):
@@ -179,6 +198,7 @@ class Line:
         self._members: dict[str, Any] = {}
         self._relay: Any = None
         self._lock = asyncio.Lock()
+        self._pause = 0.0
         self._waiting: list[tuple[Call, Answer]] = []
         self._posts: set[asyncio.Task[None]] = set()
 
@@ -191,10 +211,12 @@ class Line:
     async def take(self, member: str, actor: Any) -> "Relayed":
         """A handle of a new member, or of a new actor in a member's place."""
         self._members[member] = actor
-        async with self._lock:
-            if self._relay is not None:
-                # A relay that is gone hears of everybody when it is started again.
-                await _unless_gone(self._relay.meet.remote(member, actor))
+        if (relay := self._relay) is not None:
+            try:
+                await within(relay.meet.remote(member, actor), SILENT_S, f"{self._name}: a new member")
+            except (RLHFError, ray.exceptions.RayError) as error:
+                # The next one hears of everybody when it is started.
+                self._gone(relay, first_line(error))
         return Relayed(self, member)
 
     def call(self, call: Call) -> Answer:
@@ -213,40 +235,36 @@ class Line:
         task.add_done_callback(self._posts.discard)
 
     async def _post(self, calls: Sequence[tuple[Call, Answer]]) -> None:
-        """Send calls, and whatever a lost relay leaves unanswered once more."""
-        for attempt in range(1, ATTEMPTS + 1):
+        relay = None
+        try:
             relay = await self._there()
-            try:
-                carried = relay.carry.options(num_returns="streaming").remote([call for call, _ in calls])
-                async for reference in carried:
-                    for part in await reference:
-                        give(calls[part.number][1], part)
-                    if all(answer.done() for _, answer in calls):
-                        # The stream's end says nothing new.
-                        return
-                return
-            except ray.exceptions.RayError as error:
-                self._gone(relay, first_line(error))
-                calls = [(call, answer) for call, answer in calls if not answer.done()]
-                if attempt == ATTEMPTS:
-                    fail(calls, ActorGoneError(f"{self._name}: {first_line(error)}"))
-            except Exception as error:
-                # Whoever waits must hear of it, whatever it is.
-                fail(calls, error)
-                return
+            parts = aiter(relay.carry.options(num_returns="streaming").remote([call for call, _ in calls]))
+            while not all(answer.done() for _, answer in calls):  # the stream's end says nothing new
+                async with asyncio.timeout(SILENT_S):
+                    given = await (await anext(parts))
+                for part in given:
+                    give(calls[part.number][1], part)
+        except Exception as error:
+            # Whoever waits must hear of it, whatever it is.
+            reason = f"says nothing for {SILENT_S:.0f} s" if isinstance(error, TimeoutError) else first_line(error)
+            self._gone(relay, reason)
+            fail(calls, RelayLostError(f"{self._name}: {reason}"))
 
     async def _there(self) -> Any:
         async with self._lock:
             if self._relay is None:
+                await asyncio.sleep(self._pause)
                 actor = ray.remote(Relay)
                 place = NodeAffinitySchedulingStrategy(self._node, soft=True)
                 options = actor.options(num_cpus=0, max_concurrency=CONCURRENCY, scheduling_strategy=place)
-                self._relay = options.remote(self._members)
+                self._relay, self._pause = options.remote(self._members), PAUSE_S
             return self._relay
 
     def _gone(self, relay: Any, reason: str) -> None:
-        if self._relay is relay:
+        if relay is not None and self._relay is relay:
             self._relay = None
+            # It may be alive, and out of reach or wedged.
+            ray.kill(relay)
             self._alert(f"{self._name} is started again: {reason}")
 
 
@@ -303,10 +321,3 @@ class _Method:
     def remote(self, *arguments: Any) -> Answer:
         """Make the call."""
         return self._line.call(Call(self._member, self._method, arguments, self._streams))
-
-
-async def _unless_gone(call: Awaitable[Any]) -> None:
-    try:
-        await call
-    except ray.exceptions.RayError:
-        return

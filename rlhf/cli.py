@@ -180,20 +180,26 @@ def run() -> None:
         sys.excepthook(*sys.exc_info())
         code = 1
     if "ray" in sys.modules:
-        _leave(code if isinstance(code, int) else 0 if code is None else 1)
+        _leave(code)
     sys.exit(code)  # type: ignore[arg-type]
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(code: object) -> NoReturn:
     """End the process without taking Python apart under the threads of Ray and others that may still run: a crash in
     them (seen once: SIGSEGV, after the last line of a run that had failed) would hide the exit code.
     """
-    faulthandler.enable()  # for what comes before the end; Ray has taken its own handler away
-    atexit._run_exitfuncs()
+    # Whatever fails here, the code is what counts: streams may be closed, or on a disk that is full.
+    with suppress(Exception):
+        faulthandler.enable()  # for what comes before the end; Ray has taken its own handler away
+    with suppress(Exception):
+        if not isinstance(code, int | None):
+            print(code, file=sys.stderr)
+    with suppress(Exception):
+        atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(BrokenPipeError):
+        with suppress(Exception):
             stream.flush()
-    os._exit(code)
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 if __name__ == "__main__":

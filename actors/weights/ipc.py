@@ -8,7 +8,7 @@ names, shapes, and a checksum of each bucket taken at both ends. Only then is an
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,14 +78,13 @@ class IpcPlane(Plane):
         self._learner = learner
         self._expected = expected
 
-    async def _transfer(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
+    async def _transfer(self, manifest: WeightManifest, handles: Mapping[str, Any]) -> Outcomes:
         check_complete(manifest.buckets, self._expected)
         end = time.monotonic() + self._deadline
-        handles = {target: self._fleet.handle(target) for target in targets}
         try:
             await self._learner.begin_ipc(manifest.version)
         except PayloadError as error:
-            return dict.fromkeys(targets, error)
+            return dict.fromkeys(handles, error)
         try:
             failed = await self._stage(manifest, handles, end)
         except BaseException:
@@ -101,7 +100,7 @@ class IpcPlane(Plane):
             for target, handle in staged.items()
         ]
         outcomes = failed | dict(zip(staged, await asyncio.gather(*calls), strict=True))
-        return {target: outcomes[target] for target in targets}
+        return {target: outcomes[target] for target in handles}
 
     async def _stage(self, manifest: WeightManifest, handles: Mapping[str, Any], end: float) -> Outcomes:
         """Bring all buckets to all engines; returns the errors of those that did not take theirs."""

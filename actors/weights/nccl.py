@@ -103,12 +103,11 @@ class NcclPlane(Plane):
         self._buffer_bytes = buffer_bytes
         self._joined: tuple[int, dict[str, Any]] | None = None
 
-    async def _transfer(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
+    async def _transfer(self, manifest: WeightManifest, handles: Mapping[str, Any]) -> Outcomes:
         check_complete(manifest.buckets, self._expected)
         # A new actor in an old one's place is another handle, and a learner that was started again another generation:
         # the group is then made anew.
-        handles = {target: self._fleet.handle(target) for target in targets}
-        members, joined = (self._learner.generation, handles), self._joined
+        members, joined = (self._learner.generation, dict(handles)), self._joined
         self._joined = None
         if members != joined and (refused := await self._open(manifest, handles)):
             return refused

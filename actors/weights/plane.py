@@ -3,7 +3,8 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from actors.calls import within
 from actors.fleet import GeneratorFleet
@@ -31,6 +32,7 @@ class Plane(ABC):
         self._turn = asyncio.Lock()
         self._newest: WeightManifest | None = None
         self._sent_bytes: int | None = None
+        self._sent: dict[str, Any] = {}
         if self.resends:
             fleet.catch_up = self.catch_up
 
@@ -61,8 +63,10 @@ class Plane(ABC):
         """Bring one target to the version that was published last and admit it; returns why it could not."""
         async with self._turn:
             manifest = self._newest
-            if manifest is None:
+            if manifest is None or self._fleet.has(target, manifest.version):
                 return None
+            if not self._running([target]):
+                return EngineLostError(f"{target}: died while it waited for a version")
             outcome = (await self._send(manifest, [target]))[target]
             if isinstance(outcome, RLHFError):
                 return outcome
@@ -75,40 +79,40 @@ class Plane(ABC):
         failed = {target: error for target, error in outcomes.items() if isinstance(error, RLHFError)}
         if self.resends and len(failed) < len(targets):
             # The others can go on with the version; nobody waits for an engine to start.
-            again = [target for target in failed if not self._abandon(outcomes, target)]
+            again = self._running([target for target, error in failed.items() if not self._abandon(target, error)])
         else:
-            again = await self._replace(outcomes)
+            again = await self._replace(failed, outcomes)
         if again:
-            outcomes |= await self._send(manifest, again)
-            for target in again:
-                self._abandon(outcomes, target)
+            found = await self._send(manifest, again)
+            for target, outcome in found.items():
+                self._abandon(target, outcome)
+            outcomes |= found
         if self.resends:
             self._newest = manifest
         return outcomes
 
     async def _send(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
         """Try each target once; the fleet is told who has proved the version."""
-        handles = {target: self._fleet.handle(target) for target in targets}
-        outcomes = await self._transfer(manifest, targets)
+        self._sent |= (handles := {target: self._fleet.handle(target) for target in targets})
+        outcomes = await self._transfer(manifest, handles)
         for target, outcome in outcomes.items():
-            if isinstance(outcome, float):
-                self._fleet.proved(target, manifest.version, handles[target])
+            if isinstance(outcome, float) and not self._fleet.proved(target, manifest.version, handles[target]):
+                outcomes[target] = EngineLostError(f"{target}: died once it had proved version {manifest.version}")
         return outcomes
 
-    def _abandon(self, outcomes: Outcomes, target: str) -> bool:
-        """Give up an engine that was lost; returns whether it was."""
-        outcome = outcomes[target]
+    def _abandon(self, target: str, outcome: float | RLHFError) -> bool:
+        """Give up the engine that was sent to, if it was lost; returns whether it was. Another one may be there now."""
         if not isinstance(outcome, EngineLostError):
             return False
-        self._fleet.lost(target, str(outcome), self._fleet.handle(target))
+        self._fleet.lost(target, str(outcome), self._sent[target])
         return True
 
-    async def _replace(self, outcomes: Outcomes) -> list[str]:
+    async def _replace(self, failed: Mapping[str, RLHFError], outcomes: Outcomes) -> list[str]:
         """Put new engines in the place of lost ones, now; returns the targets to try again."""
-        failed = {target: error for target, error in outcomes.items() if isinstance(error, RLHFError)}
         lost = [target for target, error in failed.items() if isinstance(error, EngineLostError)]
         ends = await asyncio.gather(
-            *(self._fleet.replace(target, str(failed[target])) for target in lost), return_exceptions=True
+            *(self._fleet.replace(target, str(failed[target]), self._sent[target]) for target in lost),
+            return_exceptions=True,
         )
         for target, end in zip(lost, ends, strict=True):
             if isinstance(end, RLHFError):
@@ -122,8 +126,11 @@ class Plane(ABC):
         return [target for target in targets if target in running]
 
     @abstractmethod
-    async def _transfer(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
-        """Try each target once: `PayloadError` leaves its engine as it was, `EngineLostError` calls for another."""
+    async def _transfer(self, manifest: WeightManifest, handles: Mapping[str, Any]) -> Outcomes:
+        """Try each target once: `PayloadError` leaves its engine as it was, `EngineLostError` calls for another.
+
+        `handles` are the targets' processes. One may die, and another take its place, while this goes on.
+        """
 
 
 class ObjectStorePlane(Plane):
@@ -134,13 +141,13 @@ class ObjectStorePlane(Plane):
 
     resends = True
 
-    async def _transfer(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
-        outcomes = await asyncio.gather(*(self._update(manifest, target) for target in targets))
-        return dict(zip(targets, outcomes, strict=True))
+    async def _transfer(self, manifest: WeightManifest, handles: Mapping[str, Any]) -> Outcomes:
+        outcomes = await asyncio.gather(*(self._update(manifest, *target) for target in handles.items()))
+        return dict(zip(handles, outcomes, strict=True))
 
-    async def _update(self, manifest: WeightManifest, target: str) -> float | RLHFError:
+    async def _update(self, manifest: WeightManifest, target: str, handle: Any) -> float | RLHFError:
         what = f"{target}: update to version {manifest.version}"
-        call = self._fleet.handle(target).update.remote(manifest, self._verify, self._tolerance)
+        call = handle.update.remote(manifest, self._verify, self._tolerance)
         try:
             return await within(call, self._deadline, what)
         except (PayloadError, EngineLostError) as error:

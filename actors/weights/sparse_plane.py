@@ -1,13 +1,14 @@
 """The weight plane of sparse updates: nodes are patched, their generators take what lies there."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from actors.calls import within
 from actors.fleet import GeneratorFleet
 from actors.weights.nodes import NodeCopies
 from actors.weights.plane import ObjectStorePlane, Outcomes
-from rlhf.errors import EngineLostError, RLHFError
+from rlhf.errors import EngineLostError, PayloadError, RLHFError
 from rlhf.records import WeightManifest
 
 NODE_S = 60.0
@@ -33,22 +34,27 @@ class SparsePlane(ObjectStorePlane):
         self._copies = NodeCopies(deadline, alert)
         self._spread: WeightManifest | None = None
 
-    async def _transfer(self, manifest: WeightManifest, targets: Sequence[str]) -> Outcomes:
+    async def _transfer(self, manifest: WeightManifest, handles: Mapping[str, Any]) -> Outcomes:
         if self._spread is manifest:
             self._sent_bytes = manifest.nbytes
-            return await super()._transfer(manifest, targets)
+            return await super()._transfer(manifest, handles)
         self._spread = manifest
-        nodes = dict(zip(targets, await asyncio.gather(*map(self._node, targets)), strict=True))
+        asked = await asyncio.gather(*(self._node(*target) for target in handles.items()))
+        nodes = dict(zip(handles, asked, strict=True))
         lost: Outcomes = {target: node for target, node in nodes.items() if isinstance(node, RLHFError)}
         found = {target: node for target, node in nodes.items() if isinstance(node, str)}
         given = await self._copies.spread(manifest, sorted(set(found.values())))
         whole = any(each is manifest for each in given.values())
         self._sent_bytes = manifest.nbytes if whole else manifest.sent_bytes
-        taken = await asyncio.gather(*(self._update(given[node], target) for target, node in found.items()))
+        taken = await asyncio.gather(
+            *(self._update(given[node], target, handles[target]) for target, node in found.items())
+        )
         return lost | dict(zip(found, taken, strict=True))
 
-    async def _node(self, target: str) -> str | RLHFError:
+    async def _node(self, target: str, handle: Any) -> str | RLHFError:
         try:
-            return await within(self._fleet.handle(target).node.remote(), NODE_S, f"{target}: node")
+            return await within(handle.node.remote(), NODE_S, f"{target}: node")
+        except PayloadError as error:
+            return error
         except RLHFError as error:
             return EngineLostError(str(error))

@@ -114,8 +114,8 @@ class ConsoleSink:
         self.console.print(item, highlight=False, soft_wrap=isinstance(item, Text) and not self.console.is_terminal)
 
 
-ADVANCE_S = 0.1
-"""Between two movements of a bar."""
+MOVES = 1000
+"""Movements of a bar over its whole length at most."""
 
 
 class Part:
@@ -128,7 +128,7 @@ class Part:
         self._total = total
         self._done = self._shown = 0
         self._task: TaskID | None = None
-        self._started = self._shown_at = 0.0
+        self._started = 0.0
 
     def __enter__(self) -> "Part":
         self._started = time.monotonic()
@@ -141,12 +141,11 @@ class Part:
         self._sink.part_ended(self._name, self._done, self._total, seconds, failed=exc[0] is not None)
 
     def advance(self, amount: int = 1) -> None:
-        """Move on by `amount`. The bar moves a few times a second: moving it costs more than most of what it counts."""
+        """Move on by `amount`. A long bar moves in thousandths: moving it costs more than most of what it counts."""
         self._done += amount
-        now = time.monotonic()
-        if now - self._shown_at >= ADVANCE_S or self._done == self._total:
+        if self._done - self._shown >= (self._total or 0) // MOVES or self._done == self._total:
             self._bars.advance(self._task, self._done - self._shown)
-            self._shown, self._shown_at = self._done, now
+            self._shown = self._done
 
 
 class _Bars:

@@ -169,7 +169,7 @@ async def test_changed_words_travel_and_every_version_is_proved(nodes, tiny_mode
     assert (await publish(manifest)).nbytes == manifest.sent_bytes < whole.nbytes / 16
 
     # An engine that is started again takes the whole of the version that is served.
-    await fleet.replace("sparse-0", "to be a new one")
+    await fleet.replace("sparse-0", "to be a new one", fleet.handle("sparse-0"))
     assert await plane.catch_up("sparse-0") is None
     assert await fleet.handle("sparse-0").version.remote() == policy.version
     policy.step()

@@ -1,8 +1,10 @@
 """How the process of a command ends: its exit code survives threads that crash while Python is taken apart."""
 
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,19 @@ def test_an_unexpected_error_keeps_its_traceback() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback")
     assert done.stderr.endswith("KeyError: 'what'\n")
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>/dev/full", "1>&- 2>&-"])
+def test_the_exit_code_survives_closed_and_full_streams(closed: str, tmp_path: Path) -> None:
+    script = tmp_path / "end.py"
+    script.write_text(f"{WITH_RAY}\ncli.main = lambda: sys.exit(143)\nprint('out')\ncli.run()\n")
+    # Buffered, as output into a file is: what was printed meets the full disk at the end.
+    buffered = {**os.environ, "PYTHONUNBUFFERED": ""}
+    command = ["bash", "-c", f"{sys.executable} {script} {closed}"]
+    done = subprocess.run(command, capture_output=True, check=False, env=buffered)
+    assert done.returncode == 143
+
+
+def test_a_text_in_place_of_a_code_is_shown() -> None:
+    done = end(WITH_RAY, "sys.exit('what went wrong')")
+    assert (done.returncode, done.stderr) == (1, "what went wrong\n")

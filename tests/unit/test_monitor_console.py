@@ -215,19 +215,18 @@ def test_open_parts_have_a_bar_each_and_leave_nothing_behind() -> None:
         assert sink._bars._progress is not None
 
 
-def test_a_bar_moves_a_few_times_a_second_and_shows_its_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_bar_moves_in_thousandths_and_shows_its_end() -> None:
     sink, _ = screen()
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with sink.progress("generate", 8) as part:
+    with sink.progress("generate", 5_003) as part:
         assert sink._bars._progress is not None
         [task] = sink._bars._progress.tasks
         shown = []
-        for seconds in (0.0, 0.01, 0.01, 0.2, 0.01, 0.01, 0.01, 0.01):
-            now[0] += seconds
+        for _ in range(5_003):
             part.advance()
             shown.append(task.completed)
-    assert shown == [1, 1, 1, 4, 4, 4, 4, 8]
+    assert shown[:11] == [0, 0, 0, 0, 5, 5, 5, 5, 5, 10, 10]
+    assert shown[-1] == 5_003
+    assert len(set(shown)) == 1002
 
 
 def test_close_takes_open_bars_away() -> None:
