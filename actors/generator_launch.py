@@ -1,7 +1,7 @@
 """Starts generators, in the places that they get on the cluster."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +64,8 @@ class GeneratorLauncher:
         self._turns = turns
         self._relays = relays
         self._places: dict[str, Place] = {}
+        self.check: Callable[[str], Awaitable[None]] | None = None
+        """Raises `RLHFError` for a node that is not as the others are, where generators change nodes."""
 
     async def start(
         self,
@@ -150,5 +152,7 @@ class GeneratorLauncher:
     async def _again(self, name: str) -> Any:
         """Ray looks for another node for a place whose node is gone; it may be long until one comes."""
         await self.end(name)
-        await self._placed(name)
+        node = await self._placed(name)
+        if self.check:
+            await self.check(node)
         return await self.launch(name)

@@ -104,6 +104,7 @@ class Launcher:
             yield
             return
         assert self._generator_launcher is not None
+        self._generator_launcher.check = check
         replicas, deadline = self._config.generator.replicas, self._config.cluster.deadlines.generate
         async with asyncio.TaskGroup() as tasks:
             elastic = Elastic(fleet, self._generator_launcher, check, replicas, deadline, monitor.alert)
