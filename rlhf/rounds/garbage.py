@@ -19,7 +19,6 @@ def seldom_collected() -> Iterator[None]:
     What is there at the start, imported modules above all, is not looked at again before the end.
     """
     before = gc.get_threshold()
-    gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG, 10, 10)
     try:
