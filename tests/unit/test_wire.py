@@ -52,7 +52,7 @@ def arrived(packed: Any) -> Any:
 def test_requests_arrive_as_they_were(requests: list[SampleRequest]) -> None:
     found = arrived(PackedRequests(requests))
     assert found == requests
-    assert type(found) is list
+    assert type(found) is PackedRequests  # so that a relay can pass them on as they are
     assert all(type(message) is Message for request in found for message in request.prompt.messages)
 
 
