@@ -22,7 +22,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def rank_one(port: int) -> None:
     """The other rank, in a process of its own."""
-    join("cpu", 1, 2, "127.0.0.1", port, 30)
+    join("cpu", 1, 2, "127.0.0.1", port, 120)
     dist.all_reduce(torch.ones(1))
 
 
@@ -34,14 +34,14 @@ def test_a_port_that_is_held_is_taken_for_all_others_and_served_to_the_ranks() -
     process = multiprocessing.get_context("spawn").Process(target=rank_one, args=(meeting.port,), daemon=True)
     process.start()
     try:
-        join("cpu", 0, 2, "127.0.0.1", meeting.port, 30)
+        join("cpu", 0, 2, "127.0.0.1", meeting.port, 120)
         total = torch.ones(1)
         dist.all_reduce(total)
         assert total.item() == 2
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        process.join(30)
+        process.join(60)
     assert process.exitcode == 0
 
 
