@@ -11,6 +11,7 @@ are asked for again, an update is sent again.
 """
 
 import asyncio
+import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -29,8 +30,10 @@ DIRECT = 8
 MEMBERS = 32
 """Members of one relay at most."""
 
-LINGER_S = 0.02
-"""How long an answer waits for others to travel with: little beside what generators take, who answer at all times."""
+LINGER_S, LONGEST_LINGER_S = 0.02, 0.25
+"""How long an answer waits for others to travel with, at least and at most: a quarter of what its post has taken so far.
+
+Nothing waits once all calls of a post have ended."""
 
 BEAT_S = 15.0
 """Between two signs of life of a post that gives nothing else."""
@@ -77,6 +80,7 @@ class Relay:
         Yields nothing but an empty list every `BEAT_S` seconds while none of them gives anything.
         """
         given: asyncio.Queue[Part] = asyncio.Queue()
+        started = time.monotonic()
         tasks = [
             asyncio.create_task(_make(number, call, self._members[call.member], given.put_nowait))
             for number, call in enumerate(calls)
@@ -89,7 +93,8 @@ class Relay:
             except TimeoutError:
                 yield []
                 continue
-            await asyncio.sleep(LINGER_S)
+            linger = (time.monotonic() - started) / 4
+            await asyncio.wait(tasks, timeout=min(LONGEST_LINGER_S, max(LINGER_S, linger)))
             while not given.empty():
                 parts.append(given.get_nowait())
             left -= sum(part.kind != "item" for part in parts)
