@@ -31,7 +31,7 @@ MEMBERS = 32
 """Members of one relay at most."""
 
 LINGER_S, LONGEST_LINGER_S = 0.02, 0.25
-"""How long an answer waits for others to travel with, at least and at most: a quarter of what its post has taken so far.
+"""How long an answer waits for others to travel with, at least and at most: a quarter of what its post has taken.
 
 Nothing waits once all calls of a post have ended."""
 
