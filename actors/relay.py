@@ -25,7 +25,7 @@ from rlhf.errors import PayloadError, RLHFError
 T = TypeVar("T")
 
 DIRECT = 8
-"""A fleet of up to so many members is called directly: a relay would cost more than it saves."""
+"""A fleet of up to so many members is called directly: what a relay saves there is not worth another process."""
 
 MEMBERS = 32
 """Members of one relay at most."""
@@ -75,7 +75,7 @@ class Relay:
         self._members[member] = actor
 
     async def carry(self, calls: list[Call]) -> AsyncIterator[list[Part]]:
-        """Make all the calls at once; yields what they give, that of a few milliseconds together, until all ended.
+        """Make all the calls at once; yields what they give, what comes soon after each other together.
 
         Yields nothing but an empty list every `BEAT_S` seconds while none of them gives anything.
         """
@@ -249,11 +249,16 @@ class Line:
                     given = await (await anext(parts))
                 for part in given:
                     give(calls[part.number][1], part)
-        except Exception as error:
-            # Whoever waits must hear of it, whatever it is.
+        except ray.exceptions.RayTaskError as error:
+            # A fault in what it was asked, which another relay would have too.
+            fail(calls, UnexpectedError(str(error)))
+        except (ray.exceptions.RayError, TimeoutError, StopAsyncIteration) as error:
             reason = f"says nothing for {SILENT_S:.0f} s" if isinstance(error, TimeoutError) else first_line(error)
             self._gone(relay, reason)
             fail(calls, RelayLostError(f"{self._name}: {reason}"))
+        except Exception as error:
+            # Whoever waits must hear of it, whatever it is: arguments that cannot travel, for one.
+            fail(calls, error)
 
     async def _there(self) -> Any:
         async with self._lock:

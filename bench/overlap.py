@@ -3,7 +3,7 @@
     python bench/overlap.py [idle] [generators] [prompts] [--rounds 5] [--largest 100000]
 
 Generation, judging and learning are timed waits in Ray actors (bench/_standins.py); the loop, its ledger, sealed files,
-fleet, relays, judge pool and weight plane are the real ones. Needs no model; about three minutes, most of them waiting.
+fleet, relays, judge pool and weight plane are the real ones. Needs no model; about ten minutes.
 
 `idle`: the share of the time in which the learner does not train, for generation faster than, as fast as and slower
 than learning. `generators` and `prompts`: all waits are zero, so a round is what the loop costs. Writing, hashing and

@@ -32,7 +32,7 @@ class Plane(ABC):
         self._turn = asyncio.Lock()
         self._newest: WeightManifest | None = None
         self._sent_bytes: int | None = None
-        self._sent: dict[str, Any] = {}
+        self._sent: dict[str, Any] = {}  # the process that each target's last payload went to
         if self.resends:
             fleet.catch_up = self.catch_up
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -232,3 +233,15 @@ async def test_a_start_that_fails_reaches_whoever_waits(monkeypatch):
     monkeypatch.setattr(Line, "_there", there)
     assert "no memory" in str(await lost(handles["m0"].hello.remote("hi")))
     assert "no memory" in str(await lost(numbers(handles["m0"], 2)))
+
+
+async def test_a_fault_in_what_is_asked_is_told_and_costs_no_relay():
+    alerts: list[str] = []
+    _, handles, relays = await gather(1, alerts)
+    with pytest.raises(TypeError, match="cannot pickle"):
+        await asyncio.wait_for(handles["m0"].hello.remote(threading.Lock()), 60)
+    nobody = relays_module.Call("nobody", "hello", ("hi",), False)
+    with pytest.raises(UnexpectedError, match="KeyError: 'nobody'"):
+        await asyncio.wait_for(relays._lines[0].call(nobody), 60)
+    assert await within(handles["m0"].hello.remote("hi"), 60, "hello") == "hi from m0"
+    assert alerts == []
