@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -218,7 +218,7 @@ class GeneratorActor:
         self._proved.add(manifest.version)
         return max((error.absolute for error in errors), default=float("nan"))
 
-    async def sequence_logprobs(self, token_ids: tuple[int, ...]) -> tuple[float, ...]:
+    async def sequence_logprobs(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         """The engine's log-prob of each token after the first."""
         return await self._engine.sequence_logprobs(token_ids, f"logprobs-{id(token_ids)}")
 

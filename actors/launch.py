@@ -1,7 +1,7 @@
 """Starts the actors of a run: the only place that knows which process gets which resources."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ class Launcher:
             self._shapes = adapter_shapes(config.policy, lora)
             self._adapters = AdapterSpec.of(lora.rank, lora.alpha, self._shapes)
 
-    async def start(self, probes: list[tuple[int, ...]], monitor: Monitor, run_dir: Path) -> Parts:
+    async def start(self, probes: Sequence[Sequence[int]], monitor: Monitor, run_dir: Path) -> Parts:
         """Start everything at once, or in turns; raises on the first actor that fails, naming it."""
         config = self._config
         tops = {"judge": config.judge} | ({"eval-judge": config.eval_judge} if config.eval_judge else {})
@@ -129,7 +129,7 @@ class Launcher:
             monitor.table("placement", COLUMNS, rows(roles, live_nodes()))
         check(roles, patience)
 
-    async def _learner(self, bar: Any, monitor: Monitor, probes: list[tuple[int, ...]]) -> LearnerGroup:
+    async def _learner(self, bar: Any, monitor: Monitor, probes: Sequence[Sequence[int]]) -> LearnerGroup:
         config = self._config
         if self.turns and self._gpu:
             config = config.model_copy(update={"learner": sharing_gpu(config.learner)})

@@ -118,7 +118,7 @@ class LearnerActor:
         with naming_memory():
             self._learner.wake()
 
-    def manifest(self, version: int, probes: Sequence[tuple[int, ...]]) -> WeightManifest | None:
+    def manifest(self, version: int, probes: Sequence[Sequence[int]]) -> WeightManifest | None:
         """Pack the weights into the object store (rank 0; all ranks gather) and take the probes' log-probs.
 
         This actor owns the buffers: they live as long as somebody holds the manifest. With NCCL and IPC there are none:
@@ -126,7 +126,7 @@ class LearnerActor:
         """
         with naming_memory():
             logprobs = self._learner.probe(probes)
-        proofs = tuple(Probe(tuple(ids), found) for ids, found in zip(probes, logprobs, strict=True))
+        proofs = tuple(Probe(ids, found) for ids, found in zip(probes, logprobs, strict=True))
         if self._sender:
             table = self._sender.table()
             return WeightManifest(version, (table,), proofs) if self._rank == 0 else None
@@ -174,7 +174,7 @@ class LearnerGroup:
         self,
         handles: Sequence[Any],
         deadlines: Deadlines,
-        probes: Sequence[tuple[int, ...]],
+        probes: Sequence[Sequence[int]],
         launch: Callable[[], Awaitable[Sequence[Any]]] | None = None,
         budget: RestartBudget | None = None,
         alert: Callable[[str], None] = lambda message: None,

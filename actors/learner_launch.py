@@ -35,7 +35,7 @@ async def start_learner(
     advance: Callable[[int], None],
     *,
     publishing: Publishing | None = None,
-    probes: Sequence[tuple[int, ...]] = (),
+    probes: Sequence[Sequence[int]] = (),
     placement: RolePlacement | None = None,
     grows: bool = False,
     places: SharedPlaces | None = None,

@@ -1,11 +1,18 @@
-"""Frozen records that travel between the parts. Token ids are tuples of ints: exactly the ids the engine sampled."""
+"""Frozen records that travel between the parts.
+
+Token ids are exactly those that the engine sampled. They and log-probs are arrays (`rlhf.packed`) wherever there are
+many of them; any other sequence does as well, but is not equal to an array.
+"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any
 
 import xxhash
+
+from rlhf.packed import IDS, LOGPROBS, Lists, cut, join
 
 
 class Message(dict[str, str]):
@@ -24,7 +31,7 @@ class Prompt:
     uid: str
     messages: tuple[Message, ...]
     text: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     reference: str | None = None
 
 
@@ -54,8 +61,8 @@ class Rollout:
 
     uid: str
     k: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
     text: str
     finish_reason: str
     versions: tuple[VersionSpan, ...]
@@ -126,20 +133,23 @@ class Pair:
 
     uid: str
     round: int
-    prompt_ids: tuple[int, ...]
-    chosen_ids: tuple[int, ...]
-    rejected_ids: tuple[int, ...]
+    prompt_ids: Sequence[int]
+    chosen_ids: Sequence[int]
+    rejected_ids: Sequence[int]
     prompt: str
     chosen: str
     rejected: str
     p_chosen: float
     chosen_version: int
     rejected_version: int
-    chosen_logprobs: tuple[float, ...] = ()
-    rejected_logprobs: tuple[float, ...] = ()
+    chosen_logprobs: Sequence[float] = ()
+    rejected_logprobs: Sequence[float] = ()
 
 
 _PAIR_FIELDS = tuple(each.name for each in fields(Pair))
+_PACKED = {name: IDS for name in _PAIR_FIELDS if name.endswith("_ids")} | {
+    name: LOGPROBS for name in _PAIR_FIELDS if name.endswith("_logprobs")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +171,18 @@ class SealedRound:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pairs as columns: every rank gets them, and records by the ten thousand take long."""
-        columns = [[getattr(pair, name) for pair in self.pairs] for name in _PAIR_FIELDS]
+        columns = [_column(self.pairs, name) for name in _PAIR_FIELDS]
         return _sealed_round, (columns, self.round, self.digest, self.ordered, self.group, self.weight, self.span)
 
 
-def _sealed_round(columns: list[list[Any]], round: int, *others: Any) -> SealedRound:
-    return SealedRound(round, tuple(map(Pair, *columns)), *others)
+def _column(pairs: Sequence[Pair], name: str) -> list[Any] | Lists:
+    values = [getattr(pair, name) for pair in pairs]
+    return join(_PACKED[name], values) if name in _PACKED else values
+
+
+def _sealed_round(columns: list[list[Any] | Lists], round: int, *others: Any) -> SealedRound:
+    values = [cut(column) if isinstance(column, Lists) else column for column in columns]
+    return SealedRound(round, tuple(map(Pair, *values)), *others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +239,7 @@ def _bucket(rows: list[tuple[Any, ...]], *others: Any) -> Bucket:
 class Probe:
     """Fixed tokens and the learner's log-prob of each token after the first, under the same version."""
 
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     logprobs: tuple[float, ...]
 
 

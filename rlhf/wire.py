@@ -4,18 +4,12 @@ Pickled one by one, records cost more than all else that the driver does for a r
 object, both ways. These lists pickle as a few flat arrays and lists of strings.
 """
 
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import accumulate, chain, pairwise
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from rlhf.judging.verdicts import check_complete
+from rlhf.packed import IDS, LOGPROBS, SEEDS, Lists, cut, join
 from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VerdictState, VersionSpan
-
-_IDS, _SEEDS, _LOGPROBS = "i", "q", "d"
-
-Lists: TypeAlias = "tuple[array[Any], array[int]]"
-"""Lists of numbers, end to end, and where each ends."""
 
 Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -33,9 +27,9 @@ class PackedRequests(list[SampleRequest]):
             [prompt.uid for prompt in prompts],
             [_plain(prompt.messages) for prompt in prompts],
             [prompt.text for prompt in prompts],
-            _join(_IDS, [prompt.token_ids for prompt in prompts]),
+            join(IDS, [prompt.token_ids for prompt in prompts]),
             [prompt.reference for prompt in prompts],
-            _join(_SEEDS, [request.seeds for request in self]),
+            join(SEEDS, [request.seeds for request in self]),
         )
         return _requests, columns
 
@@ -43,7 +37,7 @@ class PackedRequests(list[SampleRequest]):
 class PackedRollouts(list[Rollout]):
     """Responses of a generator; they arrive as `Responses`.
 
-    Token ids are int32, log-probs float64: raises `OverflowError` for larger ids.
+    Token ids are int32, log-probs float32: raises `OverflowError` for larger ids.
     """
 
     def __reduce__(self) -> Reduced:
@@ -51,8 +45,8 @@ class PackedRollouts(list[Rollout]):
         columns = (
             [rollout.uid for rollout in self],
             [rollout.k for rollout in self],
-            _join(_IDS, [rollout.token_ids for rollout in self]),
-            _join(_LOGPROBS, [rollout.logprobs for rollout in self]),
+            join(IDS, [rollout.token_ids for rollout in self]),
+            join(LOGPROBS, [rollout.logprobs for rollout in self]),
             [rollout.text for rollout in self],
             [rollout.finish_reason for rollout in self],
             [tuple([(span.version, span.start, span.end) for span in rollout.versions]) for rollout in self],
@@ -71,7 +65,7 @@ class Responses:
         uids, ks, token_ids, logprobs, texts, reasons, versions = self._columns
         # Most responses are of one version and many of one length: their spans are equal, and made once.
         spans = {each: tuple(VersionSpan(*span) for span in each) for each in set(versions)}
-        columns = (uids, ks, _cut(token_ids), _cut(logprobs), texts, reasons, map(spans.__getitem__, versions))
+        columns = (uids, ks, cut(token_ids), cut(logprobs), texts, reasons, map(spans.__getitem__, versions))
         return list(map(Rollout, *columns))
 
 
@@ -131,8 +125,8 @@ def _requests(
     references: list[str | None],
     seeds: Lists,
 ) -> PackedRequests:
-    prompts = map(Prompt, uids, map(_messages, conversations), texts, _cut(token_ids), references)
-    return PackedRequests(map(SampleRequest, prompts, _cut(seeds)))
+    prompts = map(Prompt, uids, map(_messages, conversations), texts, cut(token_ids), references)
+    return PackedRequests(map(SampleRequest, prompts, map(tuple, cut(seeds))))
 
 
 def _comparisons(conversations: list[list[dict[str, str]]], rows: list[tuple[Any, ...]]) -> list[Comparison]:
@@ -149,12 +143,3 @@ def _plain(messages: Iterable[Message]) -> list[dict[str, str]]:
 
 def _messages(conversation: list[dict[str, str]]) -> tuple[Message, ...]:
     return tuple([Message(message) for message in conversation])
-
-
-def _join(kind: str, lists: Sequence[Sequence[Any]]) -> Lists:
-    return array(kind, list(chain.from_iterable(lists))), array("q", accumulate(map(len, lists)))
-
-
-def _cut(lists: Lists) -> Iterator[tuple[Any, ...]]:
-    values, ends = tuple(lists[0]), lists[1]
-    return (values[start:end] for start, end in pairwise(chain((0,), ends)))

@@ -12,6 +12,7 @@ import numpy as np
 from actors.engine.adapters import Adapter, Adapters, AdapterSpec
 from actors.engine.plugin import IPC, IPC_TRANSPORT, NCCL, TRANSPORT, register
 from actors.engine.sleeping import PARTS, Sleeper
+from rlhf import packed
 from rlhf.config.colocate import GPU_SHARE
 from rlhf.errors import EngineLostError
 from rlhf.records import Bucket, Rollout, SampleRequest, VersionSpan
@@ -89,7 +90,7 @@ class Engine:
         with self._adapters.sampling() if self._adapters else nullcontext() as adapter:
             final = await self._run(request.prompt.token_ids, params, name, adapter)
         output = final.outputs[0]
-        token_ids = tuple(output.token_ids)
+        token_ids = packed.token_ids(output.token_ids)
         versions = [(_version(span.version), span.start, span.end) for span in output.weight_versions or ()]
         if adapter:
             # A request keeps the adapter that it began with; vLLM knows of the base weights' versions only.
@@ -98,7 +99,9 @@ class Engine:
             uid=request.prompt.uid,
             k=k,
             token_ids=token_ids,
-            logprobs=tuple(step[token].logprob for step, token in zip(output.logprobs or (), token_ids, strict=True)),
+            logprobs=packed.logprobs(
+                step[token].logprob for step, token in zip(output.logprobs or (), token_ids, strict=True)
+            ),
             text=output.text,
             finish_reason=output.finish_reason or "unknown",
             versions=tuple(VersionSpan(*span) for span in versions),

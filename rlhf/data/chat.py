@@ -1,9 +1,11 @@
 """The policy's tokenizer, and prompts through its chat template."""
 
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf import packed
 from rlhf.data.rows import one_line
 from rlhf.errors import InputError
 from rlhf.records import Message
@@ -40,14 +42,14 @@ def load_tokenizer(
         ) from error
 
 
-def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[str, "array[int]"]:
     """The rendered prompt, ready for the assistant's answer, and its token ids.
 
     The ids are the text tokenized without adding special tokens: a BOS is there once, where the template writes it.
     See `render_prompt` for models without a template and for errors.
     """
     text = render_prompt(tokenizer, messages)
-    return text, tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return text, packed.token_ids(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> str:

@@ -1,8 +1,10 @@
 """Preference examples as the policy's token ids: prompts through the chat template, responses with their end token."""
 
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rlhf import packed
 from rlhf.data.chat import encode_prompt
 from rlhf.data.preferences import PreferenceExample
 from rlhf.errors import InputError
@@ -16,10 +18,10 @@ if TYPE_CHECKING:
 def encode_pair(example: PreferenceExample, tokenizer: "PreTrainedTokenizerBase", uid: str, round: int) -> Pair:
     """The example as a pair; a response is its text's tokens and the end token that sampling would stop at."""
     prompt, prompt_ids = encode_prompt(tokenizer, example.messages)
-    end = (int(tokenizer.eos_token_id),)
+    end = int(tokenizer.eos_token_id)
 
-    def response(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) + end
+    def response(text: str) -> "array[int]":
+        return packed.token_ids([*tokenizer(text, add_special_tokens=False)["input_ids"], end])
 
     return Pair(
         uid=uid,

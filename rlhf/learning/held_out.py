@@ -7,6 +7,7 @@ import torch
 
 from rlhf.config.learner import Learner
 from rlhf.learning.reference import ReferencePolicy
+from rlhf.packed import IDS, join
 from rlhf.records import Pair
 
 
@@ -27,8 +28,8 @@ class HeldOutScores:
         if not self._stays:
             return self._reference.score(pairs)
         # By their tokens: nothing else of a pair has a part in its log-probs.
-        tokens = repr([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in pairs])
-        key = hashlib.blake2b(tokens.encode()).digest()
+        tokens = join(IDS, [ids for pair in pairs for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
+        key = hashlib.blake2b(bytes(tokens.values) + tokens.ends.tobytes()).digest()
         if self._known is None or self._known[0] != key:
             self._known = key, self._reference.score(pairs)
         return self._known[1]

@@ -147,7 +147,7 @@ class RankLearner:
         """Loss, rewards and log-probs of `pairs` without a step, equal on every rank; see `measure`."""
         return measure(self._steps, pairs, self._held_out.score(pairs)) if pairs else {}
 
-    def probe(self, sequences: Sequence[tuple[int, ...]]) -> list[tuple[float, ...]]:
+    def probe(self, sequences: Sequence[Sequence[int]]) -> list[tuple[float, ...]]:
         """Log-prob of each token after the first, by an ordinary causal forward pass."""
         if any(len(ids) < 2 for ids in sequences):
             raise RLHFError("a probe sequence needs at least 2 tokens")

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 
 from rlhf.errors import RLHFError
 from rlhf.files import write_atomic
+from rlhf.packed import IDS, LOGPROBS, Lists, cut, join
 from rlhf.records import Comparison, Pair, Rollout, SealedRound, Verdict, VerdictState, VersionSpan
 
 _IDS = pa.list_(pa.int32())
@@ -63,6 +65,7 @@ VERDICT_SCHEMA = pa.schema(
     ]
 )
 
+_KINDS = {pa.int32(): IDS, pa.float32(): LOGPROBS}
 _MATCH_FIELDS = ("uid", "index_a", "index_b")
 _VERDICT_FIELDS = ("p_ab", "p_ba", "score_a", "score_b", "reason", "truncated")
 
@@ -70,35 +73,24 @@ _VERDICT_FIELDS = ("p_ab", "p_ba", "score_a", "score_b", "reason", "truncated")
 def write_rollouts(path: Path, rollouts: Sequence[Rollout]) -> str:
     """Write rollouts in the order (uid, k) and return the file's SHA-256."""
     ordered = sorted(rollouts, key=lambda item: (item.uid, item.k))
-    columns = {name: _values(ordered, name) for name in ROLLOUT_SCHEMA.names}
-    columns["versions"] = [
-        [{"version": span.version, "start": span.start, "end": span.end} for span in spans]
-        for spans in columns["versions"]
-    ]
+    columns: dict[str, Sequence[Any] | pa.Array] = {name: _values(ordered, name) for name in ROLLOUT_SCHEMA.names}
+    columns["versions"] = _spans([rollout.versions for rollout in ordered])
     return _write(path, _parquet(columns, ROLLOUT_SCHEMA))
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
     """Read what `write_rollouts` wrote."""
-    rows = pq.read_table(path).to_pylist()
-    return [
-        Rollout(
-            **{
-                **row,
-                "token_ids": tuple(row["token_ids"]),
-                "logprobs": tuple(row["logprobs"]),
-                "versions": tuple(VersionSpan(**span) for span in row["versions"]),
-            }
-        )
-        for row in rows
-    ]
+    table = pq.read_table(path)
+    columns = {name: _read_column(table.column(name)) for name in ROLLOUT_SCHEMA.names}
+    columns["versions"] = [tuple(VersionSpan(**span) for span in spans) for spans in columns["versions"]]
+    return list(map(Rollout, *columns.values()))
 
 
 def write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> str:
     """Write verdicts and return the file's SHA-256; the texts stand in the rollouts."""
     ordered = sorted(verdicts, key=lambda item: _match(item.comparison))
     matches = zip(*(_match(verdict.comparison) for verdict in ordered), strict=True)
-    columns: dict[str, Sequence[Any]] = dict(zip(_MATCH_FIELDS, matches, strict=True)) if ordered else {}
+    columns: dict[str, Sequence[Any] | pa.Array] = dict(zip(_MATCH_FIELDS, matches, strict=True)) if ordered else {}
     columns |= {name: _values(ordered, name) for name in _VERDICT_FIELDS}
     columns["state"] = [str(verdict.state) for verdict in ordered]
     return _write(path, _parquet(columns, VERDICT_SCHEMA))
@@ -143,7 +135,7 @@ def read_sealed(path: Path, round: int, digest: str) -> SealedRound:
         )
     table = pq.read_table(io.BytesIO(data))
     columns = [_read_column(table.column(field.name)) for field in dataclasses.fields(Pair)]
-    return SealedRound(round, tuple(itertools.starmap(Pair, zip(*columns, strict=True))), digest)
+    return SealedRound(round, tuple(map(Pair, *columns)), digest)
 
 
 def _write(path: Path, data: bytes) -> str:
@@ -159,18 +151,50 @@ def _values(records: Sequence[Any], name: str) -> Sequence[Any]:
     return [getattr(record, name) for record in records]
 
 
+def _spans(versions: Sequence[Sequence[VersionSpan]]) -> pa.Array:
+    """The column of version spans."""
+    spans = [span for each in versions for span in each]
+    type = ROLLOUT_SCHEMA.field("versions").type
+    parts = [pa.array(_values(spans, field.name), type=field.type) for field in type.value_type]
+    ends = itertools.accumulate(map(len, versions), initial=0)
+    return pa.ListArray.from_arrays(
+        pa.array(ends, type=pa.int32()), pa.StructArray.from_arrays(parts, fields=list(type.value_type)), type=type
+    )
+
+
+def _numbers(lists: Lists, type: pa.ListType) -> pa.Array:
+    """A column of lists of numbers, from memory that nobody writes to any more."""
+    count = lists.ends[-1] if lists.ends else 0
+    values = pa.Array.from_buffers(type.value_type, count, [None, pa.py_buffer(lists.values)])
+    return pa.ListArray.from_arrays(pa.array([0, *lists.ends], type=pa.int32()), values, type=type)
+
+
 def _read_column(column: pa.ChunkedArray) -> list[Any]:
-    """A column's values, lists as tuples; the slices of one flat list are made ten times faster than cell by cell."""
-    array = column.combine_chunks()
-    if not pa.types.is_list(array.type):
-        return array.to_pylist()
-    values, offsets = array.values.to_numpy(zero_copy_only=False).tolist(), array.offsets.to_pylist()
-    return [tuple(values[start:end]) for start, end in itertools.pairwise(offsets)]
+    """A column's values, lists of numbers as arrays."""
+    found = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    kind = _kind(found.type)
+    if kind is None:
+        return found.to_pylist()
+    values = memoryview(found.values.to_numpy()).cast("B")
+    return cut(Lists(kind, values, array("q", found.offsets.to_pylist()[1:])))
 
 
-def _parquet(columns: Mapping[str, Sequence[Any]], schema: pa.Schema) -> bytes:
+def _kind(type: pa.DataType) -> str | None:
+    """The kind of array that a column's values are; None where they are no lists of numbers."""
+    # Not by the whole type: Arrow and Parquet have different names for what a list holds.
+    return _KINDS.get(type.value_type) if pa.types.is_list(type) else None
+
+
+def _column(values: Sequence[Any] | pa.Array, type: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values
+    kind = _kind(type)
+    return _numbers(join(kind, values), type) if kind else pa.array(values, type=type)
+
+
+def _parquet(columns: Mapping[str, Sequence[Any] | pa.Array], schema: pa.Schema) -> bytes:
     """The file's bytes; built by column, since rows of dictionaries cost many times the data."""
-    arrays = [pa.array(columns.get(field.name, ()), type=field.type) for field in schema]
+    arrays = [_column(columns.get(field.name, ()), field.type) for field in schema]
     sink = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), sink, compression="zstd")
     return sink.getvalue()

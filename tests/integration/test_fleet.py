@@ -100,7 +100,7 @@ class Weights:
 
     def logprobs(self, prompt: tuple[int, ...], rollout: Rollout) -> list[float]:
         """Each span under its own weights: as in the engine, what was read before stays as the old weights saw it."""
-        cache, tokens = DynamicCache(), prompt + rollout.token_ids
+        cache, tokens = DynamicCache(), (*prompt, *rollout.token_ids)
         read, found = 0, []
         for span in rollout.versions:
             until = len(prompt) + span.end - 1

@@ -107,12 +107,12 @@ def test_versions_are_proved_served_and_never_mixed_up(generator, tiny_model):
         assert ray.get(generator.version.remote()) == version
         # The same prompt again: a prefix cached under the old weights would show in the log-probs.
         for rollout in sample(generator, [request]):
-            expected = learner.logprobs(request.prompt.token_ids + rollout.token_ids)[-len(rollout.token_ids) :]
+            expected = learner.logprobs((*request.prompt.token_ids, *rollout.token_ids))[-len(rollout.token_ids) :]
             assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
             assert [(span.version, span.start, span.end) for span in rollout.versions] == [
                 (version, 0, len(rollout.token_ids))
             ]
-            texts.append(rollout.token_ids)
+            texts.append(tuple(rollout.token_ids))
     assert len(set(texts)) == 6
 
 

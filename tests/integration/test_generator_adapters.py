@@ -106,7 +106,7 @@ def generator(launch: Any) -> Any:
 
 def assert_under(learner: Learner, request: SampleRequest, rollouts: list[Any], version: int) -> None:
     for rollout in rollouts:
-        expected = learner.logprobs(request.prompt.token_ids + rollout.token_ids)[-len(rollout.token_ids) :]
+        expected = learner.logprobs((*request.prompt.token_ids, *rollout.token_ids))[-len(rollout.token_ids) :]
         assert rollout.logprobs == pytest.approx(expected, abs=1e-4)
         assert rollout.versions == (VersionSpan(version, 0, len(rollout.token_ids)),)
 
@@ -143,7 +143,7 @@ def test_versions_are_proved_served_and_never_mixed_up(generator, tiny_model):
         # The same prompt again: a prefix cached under the old adapter would show in the log-probs.
         rollouts = sample(generator, [request])
         assert_under(learner, request, rollouts, version)
-        texts += [rollout.token_ids for rollout in rollouts]
+        texts += [tuple(rollout.token_ids) for rollout in rollouts]
     assert len(set(texts)) == 6
 
 

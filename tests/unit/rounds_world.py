@@ -101,7 +101,7 @@ class World:
             if any(round >= sealed.round for round, _, _ in self.taken):
                 raise RLHFError(f"round {sealed.round} has been taken already")
             for step, pair in enumerate(sealed.pairs):
-                self.taken.append((sealed.round, pair.uid, pair.chosen_ids))
+                self.taken.append((sealed.round, pair.uid, tuple(pair.chosen_ids)))
                 await self.point(f"step {sealed.round}")
                 yield StepReport(sealed.round, step, {"train/pairs": 1.0, "train/loss": 0.5})
 
@@ -206,6 +206,6 @@ def check_finished(run_dir: Path, count: int) -> list[tuple[int, str, tuple[int,
         digest = ledger.manifest(round)["pairs"]["sha256"]
         sealed = read_sealed(ledger.folder(round) / "pairs.parquet", round, digest)
         assert [item for item in taken if item[0] == round] == [
-            (round, pair.uid, pair.chosen_ids) for pair in sealed.pairs
+            (round, pair.uid, tuple(pair.chosen_ids)) for pair in sealed.pairs
         ]
     return taken

@@ -53,7 +53,7 @@ def test_every_row_is_used_or_counted(tmp_path: Path, tokenizer: PreTrainedToken
     assert found.dropped == {"too_long": 1, "blank": 2, "duplicate": 2, "malformed": 2, "held_out": 0}
     first = found.prompts[0]
     assert first.text == "user : one two assistant :"
-    assert first.token_ids == (2, 4, 0, 0, 1, 4)
+    assert tuple(first.token_ids) == (2, 4, 0, 0, 1, 4)
     assert first.messages == (Message(role="user", content="one two"),)
 
 

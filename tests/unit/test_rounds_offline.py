@@ -5,13 +5,16 @@ import pickle
 import pytest
 
 from rlhf.errors import InputError
+from rlhf.packed import logprobs, token_ids
 from rlhf.records import Pair, SealedRound
 from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.offline import NoFleet, OfflineSource
 
 
 def pair(round: int, place: int) -> Pair:
-    return Pair(f"{place:08d}-x", round, (1, 2), (3,), (4,), "", "A", "B", 1.0, round - 1, round - 1)
+    ids = [token_ids(each) for each in ((1, 2), (3,), (4,))]
+    none = logprobs([])
+    return Pair(f"{place:08d}-x", round, *ids, "", "A", "B", 1.0, round - 1, round - 1, none, none)
 
 
 def segment(round: int) -> tuple[list[Pair], int]:

@@ -182,7 +182,7 @@ async def test_a_pairs_age_is_that_of_its_oldest_token(tmp_path: Path) -> None:
     sealed = (await source.streams(2))["online"]
     assert staleness(sealed) == {"pairs/staleness_mean": 1.0, "pairs/staleness_max": 1.0}
     # Two versions wrote them: the engine's log-probs are nobody's to compare with.
-    assert {pair.chosen_logprobs for pair in sealed.pairs} == {()}
+    assert {tuple(pair.chosen_logprobs) for pair in sealed.pairs} == {()}
 
 
 async def test_the_fleets_metrics_are_taken_when_a_round_is_sealed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf.errors import RLHFError
+from rlhf.packed import logprobs, token_ids
 from rlhf.records import Comparison, Pair, Rollout, Verdict, VerdictState, VersionSpan
 from rlhf.rounds.sealing import read_rollouts, read_sealed, seal_pairs, write_rollouts, write_verdicts
 
@@ -20,9 +21,9 @@ chosen_version, rejected_version""".replace("\n", " ").split(", ")
 
 FEW = settings(max_examples=30, deadline=None)
 FLOAT32 = st.floats(width=32, allow_nan=False)
-IDS = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(tuple)
+IDS = st.lists(st.integers(0, 2**31 - 1), max_size=6).map(token_ids)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
-LOGPROBS = st.lists(FLOAT32, max_size=6).map(tuple)
+LOGPROBS = st.lists(FLOAT32, max_size=6).map(logprobs)
 VERSION = st.integers(0, 2**31 - 1)
 PAIRS = st.builds(
     Pair,
@@ -54,7 +55,8 @@ ROLLOUTS = st.builds(
 
 
 def pair(uid: str = "u-0", chosen: tuple[int, ...] = (5, 2), rejected: tuple[int, ...] = (6,)) -> Pair:
-    return Pair(uid, 3, (1, 9), chosen, rejected, "Hi é", "yes", "no", 0.75, 2, 1, (-0.5,) * len(chosen), ())
+    ids, scores = [token_ids(each) for each in ((1, 9), chosen, rejected)], logprobs([-0.5] * len(chosen))
+    return Pair(uid, 3, *ids, "Hi é", "yes", "no", 0.75, 2, 1, scores, logprobs([]))
 
 
 def same_bits(first: tuple[float, ...], second: tuple[float, ...]) -> bool:
@@ -69,7 +71,7 @@ def test_pairs_come_back_exactly(pairs: list[Pair], tmp_path_factory: pytest.Tem
     digest = seal_pairs(path, pairs)
     sealed = read_sealed(path, 3, digest)
     assert (sealed.round, sealed.digest) == (3, digest)
-    assert sorted(map(repr, sealed.pairs)) == sorted(map(repr, pairs))  # repr tells -0.0 from 0.0, tuples from lists
+    assert sorted(map(repr, sealed.pairs)) == sorted(map(repr, pairs))  # repr tells -0.0 from 0.0
 
 
 @FEW

@@ -158,7 +158,7 @@ def _pair(candidate: Candidate, group: Sequence[Rollout], prompt: Prompt, round:
     )
 
 
-def _comparable_logprobs(rollout: Rollout) -> tuple[float, ...]:
+def _comparable_logprobs(rollout: Rollout) -> Sequence[float]:
     """The engine's log-probs if one version wrote the whole response; a mixture compares with no learner."""
     versions = rollout.versions
     return rollout.logprobs if len(versions) == 1 or len({span.version for span in versions}) == 1 else ()

@@ -45,13 +45,13 @@ def compare(group: Sequence[Rollout], prompt: Prompt, i: int, j: int) -> Compari
 def distinct(group: Sequence[Rollout]) -> list[int]:
     """Positions of the first response of each text; the same token ids count as the same text."""
     texts: set[str] = set()
-    ids: set[tuple[int, ...]] = set()
+    ids: list[Sequence[int]] = []
     firsts = []
     for position, rollout in enumerate(group):
         if rollout.text not in texts and rollout.token_ids not in ids:
             firsts.append(position)
         texts.add(rollout.text)
-        ids.add(rollout.token_ids)
+        ids.append(rollout.token_ids)
     return firsts
 
 
