@@ -13,7 +13,9 @@ from rlhf.packed import IDS, LOGPROBS, Lists, cut, join, logprobs, token_ids
 NUMBERS = st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=5), max_size=6)
 
 
-@given(lists=NUMBERS, kinds=st.lists(st.sampled_from([list, tuple, token_ids, lambda ids: array("q", ids)]), min_size=6))
+@given(
+    lists=NUMBERS, kinds=st.lists(st.sampled_from([list, tuple, token_ids, lambda ids: array("q", ids)]), min_size=6)
+)
 def test_lists_come_back_as_arrays_whatever_they_were(lists: list[list[int]], kinds: list[Any]) -> None:
     given = [kind(ids) for ids, kind in zip(lists, kinds, strict=False)]
     assert cut(pickle.loads(pickle.dumps(join(IDS, given)))) == [token_ids(ids) for ids in lists]
