@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 from rich.console import Console
 
@@ -27,6 +28,7 @@ from rlhf.judging.verdicts import make_verdict
 from rlhf.monitor.console import ConsoleSink
 from rlhf.monitor.group import MonitorGroup
 from rlhf.monitor.jsonl import JsonlSink
+from rlhf.packed import logprobs, token_ids
 from rlhf.records import (
     Comparison,
     Message,
@@ -53,7 +55,6 @@ CHUNK = 4
 """Prompts that a generator's stream takes at a time in a small round."""
 
 STEPS = 4
-TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Shape:
     generators: int = 4
     prompts: int = 64
     samples: int = 2
+    tokens: int = 16
     rounds: int = 4
     lookahead: int = 0
 
@@ -82,12 +84,14 @@ class Shape:
         return math.ceil(self.prompts / CHUNK / (self.generators * streams)) * CHUNK
 
 
-def make_response(request: SampleRequest, k: int, version: int) -> Rollout:
-    """A response whose tokens come from its seed."""
+def make_response(request: SampleRequest, k: int, version: int, tokens: int) -> Rollout:
+    """A response whose tokens and text come from its seed: four characters a token."""
     seed = request.seeds[k]
-    ids = tuple((seed >> shift) % 40_000 for shift in range(TOKENS))
-    spans = (VersionSpan(version, 0, TOKENS),)
-    return Rollout(request.prompt.uid, k, ids, (-0.5,) * TOKENS, f"{seed:020d} and some words", "stop", spans)
+    draw = np.random.default_rng(seed)
+    ids = token_ids(draw.integers(0, 40_000, tokens).tolist())
+    scores = logprobs((-draw.random(tokens)).tolist())
+    text = (f"{seed:020d} and words " * (tokens // 8))[: 4 * tokens]
+    return Rollout(request.prompt.uid, k, ids, scores, text, "stop", (VersionSpan(version, 0, tokens),))
 
 
 def make_verdicts(comparisons: Sequence[Comparison]) -> list[Verdict]:
@@ -115,7 +119,9 @@ class TimedGenerator:
         await asyncio.sleep(sampling["prompt_s"] * len(requests))
         version = self._version
         yield PackedRollouts(
-            make_response(request, k, version) for request in requests for k in range(len(request.seeds))
+            make_response(request, k, version, sampling["tokens"])
+            for request in requests
+            for k in range(len(request.seeds))
         )
 
     async def update(self, manifest: WeightManifest, verify: bool, tolerance: float) -> float:
@@ -230,7 +236,8 @@ class StandIns:
         learner = ray.remote(TimedLearner).options(num_cpus=0).remote(waits.learn)
         pool = JudgePool([judge.remote(waits.judge) for _ in range(self._judges)], config.judge.batch_size, 600.0)
         handles = asyncio.run(self._handles(shape.generators))
-        fleet = GeneratorFleet(handles, {"prompt_s": waits.generate / shape.in_a_row}, SEQUENCES, _never)
+        sampling = {"prompt_s": waits.generate / shape.in_a_row, "tokens": shape.tokens}
+        fleet = GeneratorFleet(handles, sampling, SEQUENCES, _never)
         plane = ObjectStorePlane(fleet, verify=True, tolerance=1.0, deadline=600.0)
         group = ClockedGroup(learner, config)
         return assemble(config, shape, run_dir, (fleet, pool, group, plane, fleet)), config, group

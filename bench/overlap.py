@@ -1,6 +1,6 @@
 """The learner's idle time with and without lookahead, and what the loop itself costs a round.
 
-    python bench/overlap.py [idle] [generators] [prompts] [--rounds 5] [--largest 100000]
+    python bench/overlap.py [idle] [generators] [prompts] [tokens] [--rounds 5] [--largest 100000]
 
 Generation, judging and learning are timed waits in Ray actors (bench/_standins.py); the loop, its ledger, sealed files,
 fleet, relays, judge pool and weight plane are the real ones. Needs no model; about ten minutes.
@@ -9,7 +9,8 @@ fleet, relays, judge pool and weight plane are the real ones. Needs no model; ab
 than learning. `generators` and `prompts`: all waits are zero, so a round is what the loop costs. Writing, hashing and
 reading back a round's files and handing its pairs to the learner's actor grow with the data whatever the loop does, and
 stand in columns of their own. Here all the actors share the driver's cores, which they do not elsewhere: the driver's
-own processor time (all its threads, Ray's too, without the files) is the last column.
+own processor time (all its threads, Ray's too, without the files) is the last column. `tokens`: what longer responses
+add, to files and memory too.
 """
 
 import argparse
@@ -36,7 +37,8 @@ from rlhf.rounds.ledger import Ledger
 LEARN_S = 2.0
 GENERATORS = (1, 4, 16, 64, 256)
 PROMPTS = (32, 100, 1_000, 10_000, 100_000)
-PARTS = ("idle", "generators", "prompts")
+TOKENS = (16, 128, 512, 2048)
+PARTS = ("idle", "generators", "prompts", "tokens")
 MEMORY = Path("/dev/shm")
 
 
@@ -46,12 +48,13 @@ Spans = list[tuple[float, float]]
 @dataclass(frozen=True)
 class Cost:
     """Seconds of a round without waits: all of it, its files, handing its pairs over; the driver's processor without
-    what files take of it."""
+    what files take of it, and that."""
 
     round: float
     files: float
     handed: float
     processor: float
+    files_processor: float
 
     @property
     def loop(self) -> float:
@@ -116,15 +119,21 @@ def overhead(standins: StandIns, shape: Shape, run_dir: Path, watch: Stopwatch) 
         strict=True,
     )
     own = [all_of_it - part for all_of_it, part in zip(processor, files_processor, strict=True)]
-    return Cost(*(statistics.median(seconds) for seconds in (walls, files, handed[1:], own)))
+    return Cost(*(statistics.median(seconds) for seconds in (walls, files, handed[1:], own, files_processor)))
 
 
-def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> list[tuple[int, Cost]]:
-    """A row for each shape; returns prompts and costs."""
+def files_watch() -> Stopwatch:
+    """Clocks whatever is written, hashed and read back of a round."""
     watch = Stopwatch()
     for name in ("_write", "seal_pairs", "read_sealed"):
         watch.wrap(online, name, name)
     watch.wrap(Ledger, "commit", "commit")
+    return watch
+
+
+def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> list[tuple[int, Cost]]:
+    """A row for each shape; returns prompts and costs."""
+    watch = files_watch()
     print("| generators | prompts | round, ms | files, ms | hand-over, ms | loop, ms | driver's processor, ms |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     found = []
@@ -137,6 +146,30 @@ def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> lis
         print(f"| {shape.generators} | {shape.prompts} | {cells} |", flush=True)
         found.append((shape.prompts, cost))
     return found
+
+
+def tokens_table(standins: StandIns, folder: Path, rounds: int) -> None:
+    """What each prompt costs by the length of its responses."""
+    watch, prompts = files_watch(), 4_000
+    print("| tokens a response | round | hand-over | driver's processor | that of its files | driver's memory, kB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for tokens in TOKENS:
+        shape = Shape(4, prompts, tokens=tokens, rounds=rounds + 1)
+        before = peak_bytes(reset=True)
+        cost = overhead(standins, shape, folder / f"tokens-{tokens}", watch)
+        grown = (peak_bytes() - before) / prompts
+        shutil.rmtree(folder / f"tokens-{tokens}")
+        seconds = (cost.round, cost.handed, cost.processor, cost.files_processor)
+        cells = " | ".join(f"{each / prompts * 1e6:.0f}" for each in seconds)
+        print(f"| {tokens} | {cells} | {grown / 1e3:.1f} |", flush=True)
+
+
+def peak_bytes(reset: bool = False) -> int:
+    """The most memory that this process has had since the last reset; after one what it has."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
 
 
 def growth(points: list[tuple[int, float]]) -> tuple[float, float]:
@@ -180,6 +213,9 @@ def main() -> None:
             for name in ("loop", "processor"):
                 fixed, slope = growth([(prompts, getattr(cost, name)) for prompts, cost in costs])
                 print(f"\n{name}: {fixed * 1e3:.0f} ms a round + {slope * 1e6:.0f} µs a prompt")
+        if "tokens" in parts:
+            print("\nMicroseconds a prompt of 2 responses, 4,000 prompts, 4 generators\n")
+            tokens_table(standins, folder, rounds)
 
 
 if __name__ == "__main__":
