@@ -15,9 +15,10 @@ Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 class PackedRequests(list[SampleRequest]):
-    """Requests for a generator; they arrive as they were sent, and can be passed on.
+    """Requests for a generator, which can be passed on.
 
-    Token ids are int32, seeds int64: raises `OverflowError` for larger ones.
+    They arrive with what is sampled from, uid, token ids and seeds: the same conversation as messages and as text would
+    be most of what travels. Token ids are int32, seeds int64: raises `OverflowError` for larger ones.
     """
 
     def __reduce__(self) -> Reduced:
@@ -25,10 +26,7 @@ class PackedRequests(list[SampleRequest]):
         prompts = [request.prompt for request in self]
         columns = (
             [prompt.uid for prompt in prompts],
-            [_plain(prompt.messages) for prompt in prompts],
-            [prompt.text for prompt in prompts],
             join(IDS, [prompt.token_ids for prompt in prompts]),
-            [prompt.reference for prompt in prompts],
             join(SEEDS, [request.seeds for request in self]),
         )
         return _requests, columns
@@ -117,15 +115,8 @@ class Findings:
 _STATES = {state.value: state for state in VerdictState}
 
 
-def _requests(
-    uids: list[str],
-    conversations: list[list[dict[str, str]]],
-    texts: list[str],
-    token_ids: Lists,
-    references: list[str | None],
-    seeds: Lists,
-) -> PackedRequests:
-    prompts = map(Prompt, uids, map(_messages, conversations), texts, cut(token_ids), references)
+def _requests(uids: list[str], token_ids: Lists, seeds: Lists) -> PackedRequests:
+    prompts = [Prompt(uid, (), "", ids) for uid, ids in zip(uids, cut(token_ids), strict=True)]
     return PackedRequests(map(SampleRequest, prompts, map(tuple, cut(seeds))))
 
 

@@ -15,7 +15,8 @@ from actors import relay as relays_module
 from actors.calls import ActorDiedError, within
 from actors.relay import MEMBERS, Line, RelayLostError, Relays, UnexpectedError
 from rlhf.errors import EngineLostError
-from rlhf.records import Message, Prompt, SampleRequest
+from rlhf.packed import token_ids
+from rlhf.records import Prompt, SampleRequest
 from rlhf.wire import PackedRequests
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -121,7 +122,7 @@ async def test_calls_of_one_moment_are_one_post_and_each_gets_its_own_answer(mon
 
 async def test_requests_stay_columns_on_their_way():
     _, handles, _ = await gather(1)
-    prompt = Prompt("u", (Message(role="user", content="hi"),), "hi", (1, 2))
+    prompt = Prompt("u", (), "", token_ids([1, 2]))
     given = PackedRequests([SampleRequest(prompt, (3, 4))])
     assert await within(handles["m0"].requests.remote(given), 60, "requests") == ("PackedRequests", given)
 
