@@ -30,7 +30,7 @@ END_S = 300.0
 UNEXPECTED = 5
 """Ends of the controller that no fault explains before a run is given up."""
 
-ACTORS = {Kind.JUDGE: "judge-0", Kind.LEARNER_0: "learner-0", Kind.LEARNER_1: "learner-1"}
+ACTORS = {Kind.JUDGE: "judge-0", Kind.LEARNER_0: "learner-0", Kind.LEARNER_1: "learner-1", Kind.RELAY: "Relay"}
 
 
 @dataclass
@@ -71,8 +71,10 @@ class Outcome:
 class Harness:
     """One run: starts it, does it harm, starts it again, until it is done."""
 
-    def __init__(self, cluster: TwoNodes, folder: Path, config: dict[str, Any], disk: Disk):
+    def __init__(self, cluster: TwoNodes, folder: Path, config: dict[str, Any], disk: Disk, command: str = "rlhf.cli"):
+        """`command` is the module that is run as `rlhf`."""
         self._cluster = cluster
+        self._command = command
         self._folder = folder
         self._disk = disk
         run_dir = Path(config["output_dir"]) / config["name"]
@@ -212,7 +214,7 @@ class Harness:
         self._before = self._rewritten()
         with self._file("stdout").open("a") as out, self._file("stderr").open("a") as err:
             self._controller = subprocess.Popen(
-                [sys.executable, "-m", "rlhf.cli", "train", str(self._config)],
+                [sys.executable, "-m", self._command, "train", str(self._config)],
                 env=self._cluster.environment, cwd=ROOT, stdout=out, stderr=err, start_new_session=True,
             )  # fmt: skip
         self._cluster.track(self._controller.pid)

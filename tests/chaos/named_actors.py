@@ -21,11 +21,15 @@ def main(address: str) -> None:
 
 
 def named_actors(accessor: GlobalStateAccessor) -> dict[str, int]:
-    """Process id by name, of the job that started last."""
+    """Process id by name, of the job that started last; relays have no names and are told by their class."""
     found = [ActorTableData.FromString(row) for row in accessor.get_actor_table(None, None)]
-    alive = [actor for actor in found if actor.state == ActorTableData.ALIVE and actor.name]
-    jobs = [int.from_bytes(actor.job_id, "little") for actor in alive]
-    return {actor.name: actor.pid for actor, job in zip(alive, jobs, strict=True) if job == max(jobs)}
+    alive = [
+        (actor.name or actor.class_name, actor)
+        for actor in found
+        if actor.state == ActorTableData.ALIVE and (actor.name or actor.class_name == "Relay")
+    ]
+    jobs = [int.from_bytes(actor.job_id, "little") for _, actor in alive]
+    return {name: actor.pid for (name, actor), job in zip(alive, jobs, strict=True) if job == max(jobs)}
 
 
 if __name__ == "__main__":

@@ -29,6 +29,11 @@ class Kind(StrEnum):
     TRUNCATED_CHECKPOINT = "truncated checkpoint"
     FLIPPED_SHARD = "flipped byte in a shard"
     FLIPPED_SEALED = "flipped byte in a sealed file"
+    RELAY = "relay"
+
+
+UNRELAYED = tuple(kind for kind in Kind if kind != Kind.RELAY)
+"""What can happen to a fleet that is called directly."""
 
 
 class Moment(StrEnum):
@@ -71,7 +76,7 @@ class Fault:
     choice: float
 
 
-def schedule(seed: int, count: int, kinds: Sequence[Kind] = tuple(Kind)) -> tuple[Fault, ...]:
+def schedule(seed: int, count: int, kinds: Sequence[Kind] = UNRELAYED) -> tuple[Fault, ...]:
     """`count` faults of `kinds`, one to each round from the first on."""
     rng = random.Random(seed)
     dealt = zip(range(1, count + 1), _decks(kinds, rng), _decks(tuple(Moment), rng), strict=False)

@@ -11,7 +11,7 @@ from tests.chaos.checks import problems, replayed, undisturbed
 from tests.chaos.cluster import TwoNodes
 from tests.chaos.disk import Disk
 from tests.chaos.harness import Harness, Outcome
-from tests.chaos.schedule import Fault, Kind, Moment, schedule
+from tests.chaos.schedule import UNRELAYED, Fault, Kind, Moment, schedule
 from tests.chaos.summary import summarise
 from tests.integration.conftest import ROOT
 
@@ -19,6 +19,9 @@ PROMPTS = 4
 RANKS = 2
 SEEDS = range(6)
 OUT = ROOT / "build" / "chaos"
+
+RELAYED = (Kind.RELAY, Kind.GENERATOR, Kind.ENGINE, Kind.LEARNER_0, Kind.CONTROLLER, Kind.NODE)
+"""What can happen around a relay."""
 
 SHORT = (
     Fault(Kind.ENGINE, Moment.SAMPLING, 1, 0.1, 0.0),
@@ -82,9 +85,11 @@ def config(
     }
 
 
-def disturb(folder: Path, document: dict[str, Any], disk: Disk, faults: Sequence[Fault]) -> tuple[Outcome, list[str]]:
+def disturb(
+    folder: Path, document: dict[str, Any], disk: Disk, faults: Sequence[Fault], command: str = "rlhf.cli"
+) -> tuple[Outcome, list[str]]:
     with TwoNodes() as cluster:
-        outcome = Harness(cluster, folder, document, disk).run(faults)
+        outcome = Harness(cluster, folder, document, disk, command).run(faults)
         return outcome, problems(outcome, document["rounds"]["count"], PROMPTS)
 
 
@@ -111,7 +116,7 @@ def test_an_engine_a_judge_a_learner_and_the_controller_die_and_nothing_is_lost(
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_fault_once_at_random_moments(seed: int, tmp_path: Path, tiny_model: Path, disk: Disk, summaries):
     """One after the other, each run gets every kind of fault; odd seeds sample one round ahead and keep verdicts."""
-    kinds = [kind for kind in Kind if disk.can_fill or kind != Kind.FULL_DISK]
+    kinds = [kind for kind in UNRELAYED if disk.can_fill or kind != Kind.FULL_DISK]
     rounds = 3 * len(kinds) // 2 + 4
     document = config(tiny_model, tmp_path, disk, rounds, lookahead=seed % 2)
     outcome, wrong = disturb(tmp_path, document, disk, schedule(seed, len(kinds), kinds))
@@ -119,3 +124,18 @@ def test_every_fault_once_at_random_moments(seed: int, tmp_path: Path, tiny_mode
     wrong += undisturbed(outcome, tmp_path / "undisturbed", document)
     note(f"seed-{seed}", outcome, wrong, summaries)
     assert wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(2))
+def test_relays_and_those_around_them_die(seed: int, tmp_path: Path, tiny_model: Path, disk: Disk, summaries):
+    """Twice each kind; the odd seed samples one round ahead."""
+    document = config(tiny_model, tmp_path, disk, rounds=22, lookahead=seed % 2)
+    faults = schedule(seed, 2 * len(RELAYED), RELAYED)
+    outcome, wrong = disturb(tmp_path, document, disk, faults, "tests.chaos.relayed")
+    wrong += replayed(outcome, RANKS)
+    wrong += undisturbed(outcome, tmp_path / "undisturbed", document)
+    note(f"relayed-{seed}", outcome, wrong, summaries)
+    assert wrong == []
+    assert sum(injection.fault.kind == Kind.RELAY for injection in outcome.injections) == 2
