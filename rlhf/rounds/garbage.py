@@ -7,7 +7,7 @@ from contextlib import contextmanager
 ALL_EVERY = 10
 """Rounds between two looks at everything."""
 
-YOUNG = 200_000
+YOUNG = 1_000_000
 """Objects that are made, and not freed again, between two looks at the youngest of them (Python's default is 700)."""
 
 
