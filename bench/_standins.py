@@ -181,7 +181,7 @@ class TimedLearner:
         """A checkpoint of a few bytes."""
         (path / "step").write_text(str(self._step))
 
-    def manifest(self, version: int, probes: Sequence[tuple[int, ...]]) -> WeightManifest:
+    def manifest(self, version: int, probes: Sequence[Sequence[int]]) -> WeightManifest:
         """A version without tensors."""
         return WeightManifest(version, (), ())
 

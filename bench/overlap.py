@@ -24,6 +24,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
 import ray
 from _standins import MAX_ACTORS, ClockedGroup, Shape, StandIns, Waits
 from _stopwatch import Stopwatch
@@ -151,12 +152,12 @@ def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> lis
 
 def tokens_table(standins: StandIns, folder: Path, rounds: int) -> None:
     """What each prompt costs by the length of its responses."""
-    watch, prompts = files_watch(), 4_000
+    watch, prompts, before = files_watch(), 4_000, peak_bytes(reset=True)
     print("| tokens a response | round | hand-over | driver's processor | that of its files | driver's memory, kB |")
     print("| --- | --- | --- | --- | --- | --- |")
     for tokens in TOKENS:
         shape = Shape(4, prompts, tokens=tokens, rounds=rounds + 1)
-        before = peak_bytes(reset=True)
+        peak_bytes(reset=True)
         cost = overhead(standins, shape, folder / f"tokens-{tokens}", watch)
         grown = (peak_bytes() - before) / prompts
         shutil.rmtree(folder / f"tokens-{tokens}")
@@ -168,7 +169,9 @@ def tokens_table(standins: StandIns, folder: Path, rounds: int) -> None:
 def peak_bytes(reset: bool = False) -> int:
     """The most memory that this process has had since the last reset; after one what it has."""
     if reset:
-        ctypes.CDLL(None).malloc_trim(0)  # what larger rounds have left would hide what is taken
+        # What larger rounds have left would hide what is taken.
+        pa.default_memory_pool().release_unused()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM:"))
@@ -203,6 +206,9 @@ def main() -> None:
         standins = StandIns(MAX_ACTORS - 2 - GENERATORS[-1] // MEMBERS)
         # Workers start and import; none of it is a round's.
         run(standins, Shape(generators=64, rounds=2), Waits(), folder / "warm-up")
+        if "tokens" in parts:
+            print("\nMicroseconds a prompt of 2 responses, 4,000 prompts, 4 generators\n")
+            tokens_table(standins, folder, rounds)
         if "idle" in parts:
             idle_table(standins, folder, rounds + 1)
         if "generators" in parts:
@@ -215,9 +221,6 @@ def main() -> None:
             for name in ("loop", "processor"):
                 fixed, slope = growth([(prompts, getattr(cost, name)) for prompts, cost in costs])
                 print(f"\n{name}: {fixed * 1e3:.0f} ms a round + {slope * 1e6:.0f} µs a prompt")
-        if "tokens" in parts:
-            print("\nMicroseconds a prompt of 2 responses, 4,000 prompts, 4 generators\n")
-            tokens_table(standins, folder, rounds)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ async def mend_sealed(ledger: Ledger, rebuild: Rebuild, alert: Callable[[str], N
         try:
             data = await asyncio.to_thread(pair_bytes, await rebuild(round))
             if hashlib.sha256(data).hexdigest() != digest:
-                raise RLHFError("what they were made of gives other pairs now")
+                raise RLHFError("what they were made of gives another file now (or another version wrote it)")
         except RLHFError as error:
             alert(f"{path}: the sealed pairs of round {round} are damaged, and cannot be made again: {error}")
             continue

@@ -128,7 +128,7 @@ def test_every_fault_once_at_random_moments(seed: int, tmp_path: Path, tiny_mode
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [14, 21])  # with them relays are hit while they carry samples
 def test_relays_and_those_around_them_die(seed: int, tmp_path: Path, tiny_model: Path, disk: Disk, summaries):
     """Twice each kind; the odd seed samples one round ahead."""
     document = config(tiny_model, tmp_path, disk, rounds=22, lookahead=seed % 2)
@@ -138,4 +138,7 @@ def test_relays_and_those_around_them_die(seed: int, tmp_path: Path, tiny_model:
     wrong += undisturbed(outcome, tmp_path / "undisturbed", document)
     note(f"relayed-{seed}", outcome, wrong, summaries)
     assert wrong == []
-    assert sum(injection.fault.kind == Kind.RELAY for injection in outcome.injections) == 2
+    hit = [injection for injection in outcome.injections if injection.fault.kind == Kind.RELAY]
+    told = (tmp_path / "stderr").read_text() + (tmp_path / "stdout").read_text()
+    assert len(hit) == 2 <= told.count("relay-0 is started again")
+    assert any("sampling" in injection.found for injection in hit)

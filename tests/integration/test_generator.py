@@ -20,6 +20,7 @@ from actors.weights.plane import ObjectStorePlane
 from rlhf.errors import EngineLostError, PayloadError, RLHFError
 from rlhf.modelfiles import tensor_shapes
 from rlhf.records import Probe, Prompt, Rollout, SampleRequest, WeightManifest
+from rlhf.wire import PackedRequests
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 10}
 PROBE = (1, 2683, 253, 1528, 338, 253, 10254, 30, 2)
@@ -80,7 +81,7 @@ def prompt(text: str, path: Path) -> Prompt:
 
 
 def sample(generator: Any, requests: list[SampleRequest]) -> list[Rollout]:
-    stream = generator.sample.options(num_returns="streaming").remote(requests, SAMPLING)
+    stream = generator.sample.options(num_returns="streaming").remote(PackedRequests(requests), SAMPLING)
     found = [rollout for reference in stream for rollout in ray.get(reference).rollouts()]
     return sorted(found, key=lambda rollout: (rollout.uid, rollout.k))
 

@@ -16,6 +16,7 @@ from rlhf.config.pairing import Pairing
 from rlhf.errors import RLHFError
 from rlhf.judging.sentiment import SentimentJudge
 from rlhf.judging.verdicts import invalid_verdict, make_verdict, sigmoid
+from rlhf.packed import logprobs, token_ids
 from rlhf.records import Comparison, Message, Prompt, Rollout, Verdict, VersionSpan
 from rlhf.rounds.pairing import DRAWING, STRATEGIES, Group, PairingResult, make_pairs
 
@@ -35,9 +36,9 @@ class TableJudge:
 
 
 def rollout(k: int, text: str, versions: tuple[int, ...] = (3,), uid: str = "p") -> Rollout:
-    ids = tuple(text.encode())
+    ids = token_ids(text.encode())
     spans = tuple(VersionSpan(version, i, i + 1) for i, version in enumerate(versions))
-    return Rollout(uid, k, ids, tuple(-0.1 * t for t in range(len(ids))), text, "stop", spans if ids else ())
+    return Rollout(uid, k, ids, logprobs(-0.1 * t for t in range(len(ids))), text, "stop", spans if ids else ())
 
 
 def group(*texts: str) -> list[Rollout]:
@@ -81,7 +82,7 @@ async def test_best_vs_worst_end_to_end_record() -> None:
     [pair] = result.pairs
     assert (pair.uid, pair.round, pair.prompt_ids, pair.prompt) == ("p", 5, (7, 8), "<user>Hi")
     assert (pair.chosen, pair.rejected) == ("best", "worst")
-    assert (pair.chosen_ids, pair.rejected_ids) == (tuple(b"best"), tuple(b"worst"))
+    assert (pair.chosen_ids, pair.rejected_ids) == (token_ids(b"best"), token_ids(b"worst"))
     assert pair.p_chosen == pytest.approx(1 / (1 + math.exp(-5)))
     assert (pair.chosen_version, pair.rejected_version) == (2, 2)
     assert pair.chosen_logprobs == (), "two versions wrote it"
@@ -244,11 +245,11 @@ async def test_identical_responses_are_never_compared(strategy: str) -> None:
 
 
 async def test_same_text_of_other_tokens_is_identical() -> None:
-    twin = Rollout("p", 1, (1, 2), (-1.0, -1.0), "x", "stop", (VersionSpan(0, 0, 2),))
+    twin = Rollout("p", 1, token_ids([1, 2]), (-1.0, -1.0), "x", "stop", (VersionSpan(0, 0, 2),))
     judge = by_strength(x=0.0, y=2.0)
     result = await pairs_of([rollout(0, "x"), twin, rollout(2, "y")], judge)
     assert [len(batch) for batch in judge.batches] == [1]
-    assert (result.pairs[0].chosen, result.pairs[0].rejected_ids) == ("y", tuple(b"x"))
+    assert (result.pairs[0].chosen, result.pairs[0].rejected_ids) == ("y", token_ids(b"x"))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

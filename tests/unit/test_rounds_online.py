@@ -13,6 +13,7 @@ from rlhf.config import RunConfig
 from rlhf.data.prompts import PromptOrder
 from rlhf.errors import InputError, RLHFError
 from rlhf.judging.verdicts import invalid_verdict, make_verdict
+from rlhf.packed import logprobs, token_ids
 from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VersionSpan
 from rlhf.rounds.ledger import Ledger, RoundState
 from rlhf.rounds.metrics import staleness
@@ -55,7 +56,8 @@ class Ports:
             ids = () if uid == self.empty_uid else (seed % 50_000, seed // 50_000 % 50_000)
             reason = "length" if k == 0 else "stop"
             spans = (VersionSpan(0, 0, len(ids)),)
-            yield Rollout(uid, k, ids, (-0.5,) * len(ids), f"{seed:020d}", reason, spans)
+            scores = logprobs([-0.5] * len(ids))
+            yield Rollout(uid, k, token_ids(ids), scores, f"{seed:020d}", reason, spans)
 
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         self.judged += [item.uid for item in comparisons]

@@ -102,7 +102,7 @@ async def test_what_comes_out_otherwise_is_not_put_in_place(tmp_path: Path) -> N
     ports = Ports()
     with pytest.raises(RLHFError, match="have changed"):
         await make_source(ports, tmp_path, make_config(pairing={"min_margin": 0.95})).streams(1)
-    assert "gives other pairs now" in ports.alerts[0]
+    assert "gives another file now" in ports.alerts[0]
 
 
 async def test_whole_files_are_left_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from rlhf.errors import RLHFError
 from rlhf.packed import logprobs, token_ids
 from rlhf.records import Comparison, Pair, Rollout, Verdict, VerdictState, VersionSpan
-from rlhf.rounds.sealing import read_rollouts, read_sealed, seal_pairs, write_rollouts, write_verdicts
+from rlhf.rounds.sealing import _read_column, read_rollouts, read_sealed, seal_pairs, write_rollouts, write_verdicts
 
 CONTRACT = """uid, round, prompt_ids, chosen_ids, rejected_ids, prompt, chosen, rejected, p_chosen,
 chosen_version, rejected_version""".replace("\n", " ").split(", ")
@@ -182,3 +183,20 @@ def test_verdicts_are_written_whole(tmp_path: Path) -> None:
     assert (rows[3]["score_a"], rows[3]["score_b"]) == (0.5, -0.25)
     write_verdicts(tmp_path / "verdicts.parquet", [])
     assert pq.read_table(tmp_path / "verdicts.parquet").num_rows == 0
+
+
+def test_files_of_many_row_groups_are_read_whole(tmp_path: Path) -> None:
+    """As other tools may write them again, and as Arrow reads large ones: in several pieces."""
+    rollouts = [
+        Rollout("u", k, token_ids(range(k % 5)), logprobs([-0.5] * (k % 5)), "t", "stop", ()) for k in range(40)
+    ]
+    path = tmp_path / "rollouts.parquet"
+    write_rollouts(path, rollouts)
+    pq.write_table(pq.read_table(path).slice(3), path, row_group_size=7)
+    assert read_rollouts(path) == rollouts[3:]
+
+
+def test_a_piece_that_begins_in_the_middle_is_read_from_there() -> None:
+    column = pa.chunked_array([pa.array([[1, 2], [], [3], [4, 5]], type=pa.list_(pa.int32()))])
+    assert _read_column(column.slice(2)) == [token_ids([3]), token_ids([4, 5])]
+    assert _read_column(column.slice(4)) == []

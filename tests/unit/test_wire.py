@@ -131,5 +131,5 @@ def test_an_id_that_does_not_fit_is_no_other_id() -> None:
 
 def test_other_sequences_arrive_as_arrays() -> None:
     [found] = arrived(PackedRollouts([Rollout("u", 0, (1, 2), [-0.5, -0.1], "", "stop", ())])).rollouts()
-    assert found.token_ids == token_ids([1, 2])
-    assert found.logprobs == logprobs([-0.5, -0.1])
+    assert (found.token_ids.typecode, found.token_ids) == ("i", token_ids([1, 2]))
+    assert (found.logprobs.typecode, found.logprobs) == ("f", logprobs([-0.5, -0.1]))
