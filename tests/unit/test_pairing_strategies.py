@@ -36,7 +36,7 @@ class TableJudge:
 
 
 def rollout(k: int, text: str, versions: tuple[int, ...] = (3,), uid: str = "p") -> Rollout:
-    ids = token_ids(text.encode())
+    ids = token_ids(list(text.encode()))
     spans = tuple(VersionSpan(version, i, i + 1) for i, version in enumerate(versions))
     return Rollout(uid, k, ids, logprobs(-0.1 * t for t in range(len(ids))), text, "stop", spans if ids else ())
 
@@ -82,7 +82,7 @@ async def test_best_vs_worst_end_to_end_record() -> None:
     [pair] = result.pairs
     assert (pair.uid, pair.round, pair.prompt_ids, pair.prompt) == ("p", 5, (7, 8), "<user>Hi")
     assert (pair.chosen, pair.rejected) == ("best", "worst")
-    assert (pair.chosen_ids, pair.rejected_ids) == (token_ids(b"best"), token_ids(b"worst"))
+    assert (pair.chosen_ids, pair.rejected_ids) == (token_ids(list(b"best")), token_ids(list(b"worst")))
     assert pair.p_chosen == pytest.approx(1 / (1 + math.exp(-5)))
     assert (pair.chosen_version, pair.rejected_version) == (2, 2)
     assert pair.chosen_logprobs == (), "two versions wrote it"
@@ -249,7 +249,7 @@ async def test_same_text_of_other_tokens_is_identical() -> None:
     judge = by_strength(x=0.0, y=2.0)
     result = await pairs_of([rollout(0, "x"), twin, rollout(2, "y")], judge)
     assert [len(batch) for batch in judge.batches] == [1]
-    assert (result.pairs[0].chosen, result.pairs[0].rejected_ids) == ("y", token_ids(b"x"))
+    assert (result.pairs[0].chosen, result.pairs[0].rejected_ids) == ("y", token_ids(list(b"x")))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
