@@ -4,6 +4,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rlhf.heap import trim
+
 ALL_EVERY = 10
 """Rounds between two looks at everything."""
 
@@ -29,8 +31,9 @@ def seldom_collected() -> Iterator[None]:
 
 
 def collect(round: int) -> None:
-    """At the end of a round: what its tasks and errors left in cycles goes now, so that memory stays level.
+    """At the end of a round: what its tasks and errors left in cycles goes now, and back to the system.
 
     Old objects are looked at with every tenth round; new ones are few by then.
     """
     gc.collect(2 if round % ALL_EVERY == 0 else 1)
+    trim()
