@@ -4,6 +4,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import pyarrow as pa
+
 from rlhf.heap import trim
 
 ALL_EVERY = 10
@@ -36,4 +38,5 @@ def collect(round: int) -> None:
     Old objects are looked at with every tenth round; new ones are few by then.
     """
     gc.collect(2 if round % ALL_EVERY == 0 else 1)
+    pa.default_memory_pool().release_unused()
     trim()
