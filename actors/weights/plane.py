@@ -8,8 +8,12 @@ from typing import Any
 
 from actors.calls import within
 from actors.fleet import GeneratorFleet
+from actors.relay import RelayLostError
 from rlhf.errors import EngineLostError, PayloadError, RLHFError
 from rlhf.records import SyncReport, WeightManifest
+
+RELAY_PAUSE_S = 0.1
+"""Before an update is sent again by way of another relay."""
 
 Outcomes = dict[str, float | RLHFError]
 """What became of each target: the error of its probe, or why it does not serve the version."""
@@ -147,11 +151,18 @@ class ObjectStorePlane(Plane):
 
     async def _update(self, manifest: WeightManifest, target: str, handle: Any) -> float | RLHFError:
         what = f"{target}: update to version {manifest.version}"
-        call = handle.update.remote(manifest, self._verify, self._tolerance)
-        try:
-            return await within(call, self._deadline, what)
-        except (PayloadError, EngineLostError) as error:
-            return error
-        except RLHFError as error:
-            # It died or did not answer in time: nobody knows what it holds.
-            return EngineLostError(str(error))
+        end = time.monotonic() + self._deadline
+        while True:
+            try:
+                return await within(handle.update.remote(manifest, self._verify, self._tolerance), self._deadline, what)
+            except RelayLostError as error:
+                # No word about the engine. Another relay may be lost as well: a node that goes takes each that is
+                # started on it before it is known to be gone.
+                if time.monotonic() > end:
+                    return error
+                await asyncio.sleep(RELAY_PAUSE_S)
+            except (PayloadError, EngineLostError) as error:
+                return error
+            except RLHFError as error:
+                # It died or did not answer in time: nobody knows what it holds.
+                return EngineLostError(str(error))

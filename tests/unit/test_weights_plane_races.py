@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from actors.relay import RelayLostError
+from actors.weights import plane as plane_module
 from actors.weights.plane import ObjectStorePlane
 from rlhf.errors import EngineLostError, PayloadError
 from rlhf.health import State
@@ -49,8 +50,8 @@ class Engine(Generator):
         self.killed.set()
 
 
-def publishing(world: World, alerts: list[str] | None = None) -> Callable[[int], Any]:
-    plane = ObjectStorePlane(world.fleet, True, 0.1, 5.0)
+def publishing(world: World, alerts: list[str] | None = None, deadline: float = 5.0) -> Callable[[int], Any]:
+    plane = ObjectStorePlane(world.fleet, True, 0.1, deadline)
 
     async def manifest(version: int) -> WeightManifest:
         return WeightManifest(version, (), ())
@@ -216,3 +217,28 @@ async def test_a_lost_relay_is_nobodys_death() -> None:
     await world.fleet.admit("a", 1)
     assert world.fleet.state("a") == State.HEALTHY
     assert world.fleet.metrics()["fleet/restarts"] == 0
+
+
+@pytest.mark.parametrize(("relays", "served"), [(6, ("a", "b")), (10**6, ("b",))])
+async def test_relays_that_are_lost_one_after_the_other_cost_an_update_at_most_its_deadline(
+    relays: int, served: tuple[str, ...], monkeypatch
+) -> None:
+    """As on a node that is going: each relay that is started there dies with what it was asked first."""
+    monkeypatch.setattr(plane_module, "RELAY_PAUSE_S", 0.01)
+    engines, alerts = [Engine("a"), Engine("b")], []
+    world, left = World(*engines), relays
+
+    async def update(*arguments: Any) -> float:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise RelayLostError("relay-0: never ran")
+        return await engines[0]._update(*arguments)
+
+    engines[0].update = Remote(update)
+    report = await publishing(world, alerts, deadline=0.3)(1)
+    assert report.served == served
+    assert set(report.failed) == {"a", "b"} - set(served)
+    assert [alert for alert in alerts if "a does not serve" not in alert] == []
+    assert world.fleet.metrics()["fleet/restarts"] == 0
+    assert world.fleet.handle("a") is engines[0]
