@@ -236,7 +236,7 @@ async def test_relays_that_are_lost_one_after_the_other_cost_an_update_at_most_i
         return await engines[0]._update(*arguments)
 
     engines[0].update = Remote(update)
-    report = await publishing(world, alerts, deadline=0.3)(1)
+    report = await publishing(world, alerts, deadline=1.5)(1)
     assert report.served == served
     assert set(report.failed) == {"a", "b"} - set(served)
     assert [alert for alert in alerts if "a does not serve" not in alert] == []
