@@ -11,6 +11,7 @@ import numpy as np
 
 from actors.engine.adapters import Adapter, Adapters, AdapterSpec
 from actors.engine.plugin import IPC, IPC_TRANSPORT, NCCL, TRANSPORT, register
+from actors.engine.scratch import leave_files_with_ray
 from actors.engine.sleeping import PARTS, Sleeper
 from rlhf import packed
 from rlhf.config.colocate import GPU_SHARE
@@ -49,16 +50,13 @@ class Engine:
     """One vLLM engine. Every method is a coroutine of the caller's event loop."""
 
     def __init__(self, spec: EngineSpec):
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         register()
         self._salt = 0
         self._calls = count()
         self._finished = 0
         self._sync_s = spec.sync_s
         self._transport = spec.transport
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(spec)))
+        self._engine = start_engine(engine_arguments(spec))
         self._adapters = Adapters(self._engine, spec.adapters) if spec.adapters else None
         self._sleeper = Sleeper(self._engine, spec.device == "cuda")
 
@@ -277,6 +275,15 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     if spec.sleeps and spec.device == "cuda":
         arguments |= {"enable_sleep_mode": True, "gpu_memory_utilization": GPU_SHARE}
     return arguments | spec.arguments
+
+
+def start_engine(arguments: dict[str, Any]) -> Any:
+    """vLLM's `AsyncLLM` with `arguments`; inside a Ray actor its files lie with Ray's."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    leave_files_with_ray()
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
 
 
 def engine_environment(device: str, cpus: int) -> dict[str, str]:

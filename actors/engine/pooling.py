@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from actors.engine.llm import EngineSpec, engine_arguments, naming_death
+from actors.engine.llm import EngineSpec, engine_arguments, naming_death, start_engine
 from actors.engine.sleeping import Sleeper
 from rlhf.judging.reward_model import check_reward_model
 
@@ -16,12 +16,8 @@ class PoolingEngine:
 
     def __init__(self, spec: EngineSpec):
         """Raises `InputError` if the model is no reward model."""
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
-
         check_reward_model(spec.model, spec.trust_remote_code)
-        arguments = {"runner": "pooling"} | engine_arguments(spec)
-        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self._engine = start_engine({"runner": "pooling"} | engine_arguments(spec))
         self._sleeper = Sleeper(self._engine, spec.device == "cuda")
         self._names = itertools.count()
         self._padding = self._skipped_padding()

@@ -95,6 +95,12 @@ def test_nothing_is_served_before_a_version_is_proved(generator, tiny_model):
         sample(generator, [SampleRequest(prompt("hello there", tiny_model), (1, 2))])
 
 
+def test_what_vllm_leaves_behind_lies_in_rays_folder(generator):
+    files = Path(ray._private.worker._global_node.get_temp_dir_path(), "engines")
+    assert [path.name for path in files.glob("vllm_dist_*")]
+    assert [path for path in files.iterdir() if path.is_socket()]
+
+
 def test_versions_are_proved_served_and_never_mixed_up(generator, tiny_model):
     learner = Learner(tiny_model)
     request = SampleRequest(
