@@ -15,7 +15,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from actors.engine.receiver import Receiver
-from rlhf.heap import trim
+from rlhf.heap import trim_seldom
 
 
 @dataclass
@@ -71,7 +71,7 @@ class ObjectStoreTransferEngine(WeightTransferEngine[ObjectStoreInitInfo, Object
         if update_info.phase == "load":
             self._load(receiver)
         receiver.drop()
-        trim()
+        trim_seldom()
 
     def shutdown(self) -> None:
         """Drop the mapped buffers."""

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rlhf.errors import RLHFError
 from rlhf.files import writing
-from rlhf.heap import trim
+from rlhf.heap import trim_seldom
 from rlhf.learning.batch import causal_batch
 from rlhf.learning.beta import build_beta
 from rlhf.learning.compile import compile_layers
@@ -132,7 +132,7 @@ class RankLearner:
             "train/skipped": float(self._steps.skipped - skipped),
         }
         self.rounds_done += 1
-        trim()
+        trim_seldom()
 
     def statistics(self) -> dict[str, float]:
         """Round metrics of the last `train`, equal on every rank. `mismatch/*` is absent when no token qualified."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
-from rlhf.heap import trim
+from rlhf.heap import trim_seldom
 
 ALL_EVERY = 10
 """Rounds between two looks at everything."""
@@ -33,10 +33,10 @@ def seldom_collected() -> Iterator[None]:
 
 
 def collect(round: int) -> None:
-    """At the end of a round: what its tasks and errors left in cycles goes now, and back to the system.
+    """At the end of a round: what its tasks and errors left in cycles goes now, and seldom back to the system.
 
     Old objects are looked at with every tenth round; new ones are few by then.
     """
     gc.collect(2 if round % ALL_EVERY == 0 else 1)
     pa.default_memory_pool().release_unused()
-    trim()
+    trim_seldom()

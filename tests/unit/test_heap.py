@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.heap import trim
+from rlhf import heap
+from rlhf.heap import EVERY, trim, trim_seldom
 
 
 def resident() -> int:
@@ -21,3 +22,14 @@ def test_gaps_between_blocks_that_stay_are_given_back() -> None:
     trim()
     assert resident() < before - 80_000_000
     assert len(kept) == 100
+
+
+def test_what_is_freed_each_round_goes_back_with_every_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    trims: list[None] = []
+    monkeypatch.setattr(heap, "trim", lambda: trims.append(None))
+    counts = []
+    for _ in range(3 * EVERY):
+        trim_seldom()
+        counts.append(len(trims))
+    assert counts[-1] == 3
+    assert max(counts.count(n) for n in (1, 2)) == EVERY
