@@ -1,17 +1,16 @@
 """The learner's idle time with and without lookahead, and what the loop itself costs a round.
 
-    python bench/overlap.py [idle] [generators] [prompts] [added] [tokens] [--rounds 5] [--largest 100000]
+    python bench/overlap.py [idle] [generators] [prompts] [tokens] [--rounds 5] [--largest 100000]
 
 Generation, judging and learning are timed waits in Ray actors (bench/_standins.py); the loop, its ledger, sealed files,
-fleet, relays, judge pool and weight plane are the real ones. Needs no model; about twenty minutes.
+fleet, relays, judge pool and weight plane are the real ones. Needs no model; about ten minutes.
 
 `idle`: the share of the time in which the learner does not train, for generation faster than, as fast as and slower
 than learning. `generators` and `prompts`: all waits are zero, so a round is what the loop costs. Writing, hashing and
 reading back a round's files and handing its pairs to the learner's actor grow with the data whatever the loop does, and
 stand in columns of their own. Here all the actors share the driver's cores, which they do not elsewhere: the driver's
-own processor time (all its threads, Ray's too, without the files) is the last column. `added`: generation takes a while
-and what counts is how much longer than it the round is. `tokens`: what longer responses add, to files and
-memory too.
+own processor time (all its threads, Ray's too, without the files) is the last column. `tokens`: what longer responses
+add, to files and memory too.
 """
 
 import argparse
@@ -22,7 +21,6 @@ import json
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,13 +37,10 @@ from rlhf.rounds.controller import run_rounds
 from rlhf.rounds.ledger import Ledger
 
 LEARN_S = 2.0
-GENERATE_S = 5e-4
-"""Of a prompt, with 256 generators at work: two seconds and this are a round's generation."""
 GENERATORS = (1, 4, 16, 64, 256)
 PROMPTS = (32, 100, 1_000, 10_000, 100_000)
 TOKENS = (16, 128, 512, 2048)
-NONE = Waits()
-PARTS = ("idle", "generators", "prompts", "added", "tokens")
+PARTS = ("idle", "generators", "prompts", "tokens")
 MEMORY = Path("/dev/shm")
 
 
@@ -116,9 +111,9 @@ def run(
     return learner, ray.get(learner.handle.spans.remote())
 
 
-def overhead(standins: StandIns, shape: Shape, run_dir: Path, watch: Stopwatch, waits: Waits = NONE) -> Cost:
+def overhead(standins: StandIns, shape: Shape, run_dir: Path, watch: Stopwatch) -> Cost:
     """Medians over the rounds but the first; a round lasts from one call of the learner to the next."""
-    learner, spans = run(standins, shape, waits, run_dir, watch)
+    learner, spans = run(standins, shape, Waits(), run_dir, watch)
     marks = learner.marks
     handed = [start - mark.at for mark, (start, _) in zip(marks, spans, strict=True)]
     walls, processor, files, files_processor = zip(
@@ -152,23 +147,6 @@ def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> lis
         cells = " | ".join(f"{each * 1e3:.1f}" for each in seconds)
         print(f"| {shape.generators} | {shape.prompts} | {cells} |", flush=True)
         found.append((shape.prompts, cost))
-    return found
-
-
-def added_table(standins: StandIns, folder: Path, rounds: int, sizes: Sequence[int]) -> list[tuple[int, float]]:
-    """How much longer than its generation a round takes, when generation leaves the loop time to keep up."""
-    print("| prompts | generation, s | round, s | added, ms | of it files, ms | of it hand-over, ms |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    found = []
-    for prompts in sizes:
-        watch, run_dir, generate = files_watch(), folder / f"added-{prompts}", 2.0 + prompts * GENERATE_S
-        shape = Shape(256, prompts, rounds=rounds + 1)
-        cost = overhead(standins, shape, run_dir, watch, Waits(generate=generate))
-        shutil.rmtree(run_dir)
-        added = cost.round - generate
-        cells = f"{added * 1e3:.0f} | {cost.files * 1e3:.0f} | {cost.handed * 1e3:.0f}"
-        print(f"| {prompts} | {generate:.2f} | {cost.round:.2f} | {cells} |", flush=True)
-        found.append((prompts, added))
     return found
 
 
@@ -227,7 +205,7 @@ def main() -> None:
         # Besides them a judge, a learner, and the relays of the largest fleet.
         standins = StandIns(MAX_ACTORS - 2 - GENERATORS[-1] // MEMBERS)
         # Workers start and import; none of it is a round's.
-        run(standins, Shape(generators=64, rounds=2), NONE, folder / "warm-up")
+        run(standins, Shape(generators=64, rounds=2), Waits(), folder / "warm-up")
         if "tokens" in parts:
             print("\nMicroseconds a prompt of 2 responses, 4,000 prompts, 4 generators\n")
             tokens_table(standins, folder, rounds)
@@ -243,10 +221,6 @@ def main() -> None:
             for name in ("loop", "processor"):
                 fixed, slope = growth([(prompts, getattr(cost, name)) for prompts, cost in costs])
                 print(f"\n{name}: {fixed * 1e3:.0f} ms a round + {slope * 1e6:.0f} µs a prompt")
-        if "added" in parts:
-            print("\nA round beside its generation, 256 generators\n")
-            fixed, slope = growth(added_table(standins, folder, rounds, [n for n in PROMPTS if n <= options.largest]))
-            print(f"\nadded: {fixed * 1e3:.0f} ms a round + {slope * 1e6:.0f} µs a prompt")
 
 
 if __name__ == "__main__":
