@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,3 +187,15 @@ def test_json_that_is_no_manifest_is_passed_over(content: str, tmp_path: Path) -
     found, [warning] = newest(store)
     assert found == 0
     assert "manifest" in warning
+
+
+def test_large_files_are_hashed_and_checked_through_a_small_buffer(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, keep=1)
+    (store.stage(1) / "weights.bin").write_bytes(bytes(40 << 20))
+    tracemalloc.start()
+    try:
+        store.commit(1)
+        assert newest(store) == (1, [])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
