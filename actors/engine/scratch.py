@@ -17,6 +17,7 @@ def leave_files_with_ray() -> None:
     node = worker._global_node
     if node is None:
         return
-    folder = Path(node.get_temp_dir_path()) / "engines"
+    # Of this user alone: clusters of several users on one machine have Ray's folder in common.
+    folder = Path(node.get_temp_dir_path()) / f"engines-{os.getuid()}"
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)

@@ -33,9 +33,10 @@ def seldom_collected() -> Iterator[None]:
 
 
 def collect(round: int) -> None:
-    """At the end of a round: what its tasks and errors left in cycles goes now, and seldom back to the system.
+    """At the end of a round: what its tasks and errors left in cycles is freed.
 
-    Old objects are looked at with every tenth round; new ones are few by then.
+    Old objects are looked at with every tenth round, new ones are few by then; and what the C library has kept of freed
+    memory goes back to the system as often.
     """
     gc.collect(2 if round % ALL_EVERY == 0 else 1)
     pa.default_memory_pool().release_unused()

@@ -1,6 +1,7 @@
 """The generator actor with a real vLLM engine: sampling, weight updates, refusals and proofs."""
 
 import asyncio
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_nothing_is_served_before_a_version_is_proved(generator, tiny_model):
 
 
 def test_what_vllm_leaves_behind_lies_in_rays_folder(generator):
-    files = Path(ray._private.worker._global_node.get_temp_dir_path(), "engines")
+    files = Path(ray._private.worker._global_node.get_temp_dir_path(), f"engines-{os.getuid()}")
     assert [path.name for path in files.glob("vllm_dist_*")]
     assert [path for path in files.iterdir() if path.is_socket()]
 
