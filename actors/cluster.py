@@ -5,14 +5,16 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import ray
 
 from actors.tokens import read_token, refusal
@@ -23,6 +25,8 @@ from rlhf.rounds.run_directory import cores
 LOCAL_CPUS = 64
 """CPUs that a private local Ray announces: its actors take turns on the real cores, none may be refused for them."""
 
+END_S = 5.0
+"""Seconds that a private Ray's workers have to end once their node has."""
 
 WHO = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 ANSWER_S = 6.0
@@ -88,9 +92,36 @@ def connect(name: str, cluster: Cluster, object_store_bytes: int, run_dir: Path 
     try:
         yield ClusterInfo(namespace, _device(cluster), private)
     finally:
+        workers = _workers() if private else []
         ray.shutdown()
+        _end(workers)
         if temp_dir is not None:
             shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _workers() -> list[psutil.Process]:
+    """The processes that the private Ray's node has started, and those that these have."""
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    return [process for raylet in raylets for process in raylet.children(recursive=True)]
+
+
+def _end(workers: list[psutil.Process]) -> None:
+    """Wait for what ends by itself, and kill the rest: a worker has been seen to wait for ever for a lock of Ray's own
+    exit, with all its memory, after its node had gone."""
+    deadline = time.monotonic() + END_S
+    while any(map(_lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for process in filter(_lives, workers):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it has not ended; one whose parent has not asked how it ended has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _check_head(address: str) -> None:

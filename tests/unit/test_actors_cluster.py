@@ -1,11 +1,14 @@
 """Joining a cluster that is none: what else may listen at the address."""
 
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+import psutil
 import pytest
 import ray
 
@@ -57,3 +60,31 @@ def test_a_port_without_a_head_is_one_line(port, words: str, monkeypatch: pytest
             pass
     assert str(error.value).startswith(f"cluster.address = '{address}': {words}")
     assert not ray.is_initialized()
+
+
+class Stuck:
+    """Its process can be told to stand still, as one that waits for a lock in its own exit."""
+
+    def pids(self) -> list[int]:
+        """Its own and a child's."""
+        return [os.getpid(), psutil.Popen(["sleep", "600"]).pid]
+
+    def stand(self) -> None:
+        """Nothing but SIGKILL ends a stopped process."""
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_a_private_rays_workers_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "END_S", 1.0)
+    mine = psutil.Popen(["sleep", "60"])
+    with connect("x", Cluster(), 1 << 28):
+        actor = ray.remote(Stuck).options(num_cpus=0).remote()
+        processes = [psutil.Process(pid) for pid in ray.get(actor.pids.remote())]
+        actor.stand.remote()
+        while processes[0].status() != psutil.STATUS_STOPPED:
+            pass
+    psutil.wait_procs(processes, timeout=5)  # A kill takes a moment.
+    assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert mine.is_running()
+    mine.kill()
+    mine.wait()
