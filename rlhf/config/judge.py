@@ -67,7 +67,12 @@ class PooledJudge(BaseJudge):
     """A judge that runs in a pool of Ray actors shared by all generators."""
 
     replicas: int = Field(1, ge=1, description="Judge actors in the pool.")
-    batch_size: int = Field(64, ge=1, description="Comparisons sent to one actor at a time.")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="Comparisons sent to one actor at a time; up to eight times as many where that takes less than a "
+        "quarter of a second.",
+    )
     cpus: int | None = Field(None, ge=1, description="CPU threads of one judge actor; null picks by judge and machine.")
     cache: bool = Field(
         True, description="Keep verdicts by content in the run directory: the same comparison is judged once."
