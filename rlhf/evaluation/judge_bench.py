@@ -5,9 +5,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Literal
+
+from msgspec.structs import replace
 
 from rlhf.data.preferences import PreferenceExample
 from rlhf.data.prompts import content_hash

@@ -8,9 +8,10 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from rlhf.config.judge import RUNNING, EngineJudge, PooledJudge
 from rlhf.judging.verdicts import check_complete

@@ -3,8 +3,9 @@
 import asyncio
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Literal
+
+from msgspec.structs import replace
 
 from rlhf.judging.verdicts import check_complete, invalid_verdict, make_verdict
 from rlhf.ports import Judge

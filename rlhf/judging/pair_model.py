@@ -4,10 +4,11 @@ import asyncio
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from msgspec.structs import replace
 
 from rlhf.config.judge import PairModelJudge as PairModelConfig
 from rlhf.errors import RLHFError

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from rlhf.judging.verdicts import invalid_verdict, make_verdict, sigmoid
 from rlhf.records import Comparison, Message, Verdict

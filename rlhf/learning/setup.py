@@ -1,9 +1,10 @@
 """What the parts of one rank share."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from msgspec.structs import replace
 
 from rlhf.config.learner import Learner
 from rlhf.learning.batch import Batch, build_batch

@@ -7,8 +7,9 @@ error.
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from rlhf.errors import RLHFError
 from rlhf.files import write_atomic

@@ -3,7 +3,6 @@
 What is trained is what is read back from the sealed file, on the first try and on every replay.
 """
 
-import dataclasses
 import hashlib
 import io
 import itertools
@@ -134,7 +133,7 @@ def read_sealed(path: Path, round: int, digest: str) -> SealedRound:
             "restore the file or start over with --fresh"
         )
     table = pq.read_table(io.BytesIO(data))
-    columns = [_read_column(table.column(field.name)) for field in dataclasses.fields(Pair)]
+    columns = [_read_column(table.column(name)) for name in Pair.__struct_fields__]
     return SealedRound(round, tuple(map(Pair, *columns)), digest)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 
 from tests.integration.plain import margin, plain_steps
 from tests.integration.ranks import SPLIT, make_config, make_round, run_ranks, save_tiny_model, token_logprobs
@@ -170,7 +171,7 @@ def folder(tmp_path_factory):
     save_tiny_model(folder / "model")
     ledger = Ledger(folder)
     for number in (1, 2, 3):
-        pairs = [replace(pair, uid=f"{number}-{pair.uid}") for pair in kept(make_round(number, 5))]
+        pairs = [structs.replace(pair, uid=f"{number}-{pair.uid}") for pair in kept(make_round(number, 5))]
         ledger.commit(number, RoundState.PLANNED, {"uids": [], "cursor": 0})
         digest = seal_pairs(ledger.folder(number) / "pairs.parquet", pairs)
         ledger.commit(number, RoundState.SEALED, {"pairs": {"sha256": digest, "count": len(pairs)}})

@@ -12,12 +12,12 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from rlhf.config.judge import LLMJudge, PairModelJudge, PooledJudge, SentimentJudge
 from rlhf.errors import RLHFError

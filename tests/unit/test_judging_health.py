@@ -3,11 +3,11 @@
 import math
 import re
 import statistics
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from rlhf.config.judge import JudgeHealth
 from rlhf.errors import RLHFError

@@ -1,9 +1,8 @@
 """Which references are asked again about the same held-out pairs."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from msgspec.structs import replace
 
 from rlhf.config.learner import Learner
 from rlhf.learning.held_out import HeldOutScores

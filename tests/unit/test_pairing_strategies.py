@@ -4,12 +4,12 @@ import asyncio
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from rlhf.config.judge import SentimentJudge as SentimentConfig
 from rlhf.config.pairing import Pairing

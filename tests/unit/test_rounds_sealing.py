@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from rlhf.errors import RLHFError
 from rlhf.packed import logprobs, token_ids
@@ -100,7 +100,7 @@ def test_columns_are_the_contract_s_and_every_field_of_the_record(tmp_path: Path
     seal_pairs(tmp_path / "pairs.parquet", [pair()])
     table = pq.read_table(tmp_path / "pairs.parquet")
     assert table.column_names[: len(CONTRACT)] == CONTRACT
-    assert set(table.column_names) == {field.name for field in fields(Pair)}
+    assert set(table.column_names) == set(Pair.__struct_fields__)
     [row] = table.to_pylist()
     assert row["chosen_ids"] == [5, 2]
     assert (row["prompt"], row["p_chosen"], row["chosen_version"], row["rejected_version"]) == ("Hi é", 0.75, 2, 1)

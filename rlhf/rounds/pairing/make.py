@@ -1,10 +1,10 @@
 """From a prompt's responses to its preference pairs: drives a strategy, drops what is unsure, counts everything."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
+from msgspec import Struct
 
 from rlhf.config.pairing import Pairing
 from rlhf.judging.verdicts import check_complete
@@ -33,8 +33,7 @@ Outcome = tuple[list[Candidate], list[Verdict]]
 _number = attrgetter("k")
 
 
-@dataclass(frozen=True, slots=True)
-class PairingResult:
+class PairingResult(Struct, frozen=True, gc=False):
     """A prompt's pairs and all its verdicts.
 
     `counts`: `kept`, `dropped_tie` and `dropped_invalid` add up to the candidates; `empty_responses` had no tokens;
@@ -46,8 +45,7 @@ class PairingResult:
     counts: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(Struct, frozen=True, gc=False):
     """The responses to a prompt, in any order, and what its strategy draws from."""
 
     prompt: Prompt

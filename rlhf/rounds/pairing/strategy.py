@@ -1,17 +1,16 @@
 """What a pairing strategy is, and what strategies share."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
+from msgspec import Struct
 
 from rlhf.records import Comparison, Prompt, Rollout, Verdict, VerdictState
 
 _FLIP = {VerdictState.WIN: VerdictState.LOSE, VerdictState.LOSE: VerdictState.WIN}
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Struct, frozen=True, gc=False):
     """A pair that a strategy proposes; `chosen` and `rejected` are positions in the group.
 
     `state` is the direct verdict seen from `chosen`: WIN may be kept, TIE and LOSE (the verdict contradicts the
