@@ -27,8 +27,8 @@ T = TypeVar("T")
 DIRECT = 8
 """A fleet of up to so many members is called directly: what a relay saves there is not worth another process."""
 
-MEMBERS = 32
-"""Members of one relay at most."""
+MEMBERS = 128
+"""Members of one relay at most: it makes some thousand calls a second, which is more than so many engines take."""
 
 LINGER_S, LONGEST_LINGER_S = 0.02, 0.25
 """How long an answer waits for others to travel with, at least and at most: a quarter of what its post has taken.
@@ -74,16 +74,17 @@ class Relay:
         """A new member, or a new actor in a member's place."""
         self._members[member] = actor
 
-    async def carry(self, calls: list[Call]) -> AsyncIterator[list[Part]]:
+    async def carry(self, calls: list[tuple[Any, ...]]) -> AsyncIterator[list[tuple[Any, ...]]]:
         """Make all the calls at once; yields what they give, what comes soon after each other together.
 
-        Yields nothing but an empty list every `BEAT_S` seconds while none of them gives anything.
+        Calls and parts travel as plain tuples: for each other object Ray's pickler calls back into Python. Yields
+        nothing but an empty list every `BEAT_S` seconds while none of them gives anything.
         """
         given: asyncio.Queue[Part] = asyncio.Queue()
         started = time.monotonic()
         tasks = [
             asyncio.create_task(_make(number, call, self._members[call.member], given.put_nowait))
-            for number, call in enumerate(calls)
+            for number, call in enumerate(map(Call._make, calls))
         ]
         left = len(calls)
         while left:
@@ -98,7 +99,7 @@ class Relay:
             while not given.empty():
                 parts.append(given.get_nowait())
             left -= sum(part.kind != "item" for part in parts)
-            yield parts
+            yield [tuple(part) for part in parts]
         await asyncio.gather(*tasks)
 
 
@@ -243,11 +244,11 @@ class Line:
         relay = None
         try:
             relay = await self._there()
-            parts = aiter(relay.carry.options(num_returns="streaming").remote([call for call, _ in calls]))
+            parts = aiter(relay.carry.options(num_returns="streaming").remote([tuple(call) for call, _ in calls]))
             while not all(answer.done() for _, answer in calls):  # the stream's end says nothing new
                 async with asyncio.timeout(SILENT_S):
                     given = await (await anext(parts))
-                for part in given:
+                for part in map(Part._make, given):
                     give(calls[part.number][1], part)
         except ray.exceptions.RayTaskError as error:
             # A fault in what it was asked, which another relay would have too.

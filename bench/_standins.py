@@ -187,12 +187,15 @@ class TimedLearner:
 
 
 class Mark(NamedTuple):
-    """Clocks at one moment, in seconds: the machine's, the driver's processor's, and what files took of both."""
+    """Clocks at one moment, in seconds: the machine's, the driver's processor's for all threads and for the loop's own,
+    and what files took of each."""
 
     at: float
     processor: float
+    thread: float
     files: float
     files_processor: float
+    files_thread: float
 
 
 class ClockedGroup(LearnerGroup):
@@ -201,13 +204,13 @@ class ClockedGroup(LearnerGroup):
     def __init__(self, handle: Any, config: RunConfig) -> None:
         super().__init__([handle], config.cluster.deadlines, ())
         self.handle = handle
-        self.files: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)
-        """Seconds, and seconds of processor, that files have taken so far."""
+        self.files: Callable[[], tuple[float, float, float]] = lambda: (0.0, 0.0, 0.0)
+        """What files have taken so far: seconds, seconds of processor, and those of this thread."""
         self.marks: list[Mark] = []
 
     async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """As the real group does."""
-        self.marks.append(Mark(time.monotonic(), time.process_time(), *self.files()))
+        self.marks.append(Mark(time.monotonic(), time.process_time(), time.thread_time(), *self.files()))
         async for report in super().train(sealed, others):
             yield report
 

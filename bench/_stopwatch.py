@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        self._total = self._processor = 0.0
+        self._total = self._processor = self._own = 0.0
+        self._thread = threading.get_ident()
 
     def wrap(self, owner: Any, name: str, label: str) -> None:
         """Time every call of `owner.name` from now on; raises `AttributeError` if there is none."""
@@ -33,14 +35,17 @@ class Stopwatch:
                 return self._iterated(result, label)
             self.seconds[label].append(time.perf_counter() - started)
             self._total += self.seconds[label][-1]
-            self._processor += time.thread_time() - worked
+            worked = time.thread_time() - worked
+            self._processor += worked
+            self._own += worked if threading.get_ident() == self._thread else 0.0
             return result
 
         return call
 
-    def totals(self) -> tuple[float, float]:
-        """Seconds, and seconds of the calling threads' processor, of all plain calls so far."""
-        return self._total, self._processor
+    def totals(self) -> tuple[float, float, float]:
+        """Seconds, seconds of the calling threads' processor, and those of the thread that this was made in, of all
+        plain calls so far."""
+        return self._total, self._processor, self._own
 
     def lap(self) -> dict[str, float]:
         """Sums by label since the last lap."""

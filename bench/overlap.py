@@ -9,8 +9,9 @@ fleet, relays, judge pool and weight plane are the real ones. Needs no model; ab
 than learning. `generators` and `prompts`: all waits are zero, so a round is what the loop costs. Writing, hashing and
 reading back a round's files and handing its pairs to the learner's actor grow with the data whatever the loop does, and
 stand in columns of their own. Here all the actors share the driver's cores, which they do not elsewhere: the driver's
-own processor time (all its threads, Ray's too, without the files) is the last column. `tokens`: what longer responses
-add, to files and memory too.
+own processor time, without the files, is in the last columns: that of all its threads, Ray's too, and that of the
+thread that runs the loop, which is what a round waits for where the actors have cores of their own. `tokens`: what
+longer responses add, to files and memory too.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import ray
-from _standins import MAX_ACTORS, ClockedGroup, Shape, StandIns, Waits
+from _standins import MAX_ACTORS, ClockedGroup, Mark, Shape, StandIns, Waits
 from _stopwatch import Stopwatch
 
 from actors.cluster import connect
@@ -50,12 +51,13 @@ Spans = list[tuple[float, float]]
 @dataclass(frozen=True)
 class Cost:
     """Seconds of a round without waits: all of it, its files, handing its pairs over; the driver's processor without
-    what files take of it, and that."""
+    what files take of it, in all threads and in the loop's own, and what files take."""
 
     round: float
     files: float
     handed: float
     processor: float
+    thread: float
     files_processor: float
 
     @property
@@ -116,12 +118,15 @@ def overhead(standins: StandIns, shape: Shape, run_dir: Path, watch: Stopwatch) 
     learner, spans = run(standins, shape, Waits(), run_dir, watch)
     marks = learner.marks
     handed = [start - mark.at for mark, (start, _) in zip(marks, spans, strict=True)]
-    walls, processor, files, files_processor = zip(
-        *([after - before for before, after in zip(*pair, strict=True)] for pair in itertools.pairwise(marks)),
-        strict=True,
+    spent = [Mark(*(after - before for before, after in zip(*pair, strict=True))) for pair in itertools.pairwise(marks)]
+    return Cost(
+        round=statistics.median(each.at for each in spent),
+        files=statistics.median(each.files for each in spent),
+        handed=statistics.median(handed[1:]),
+        processor=statistics.median(each.processor - each.files_processor for each in spent),
+        thread=statistics.median(each.thread - each.files_thread for each in spent),
+        files_processor=statistics.median(each.files_processor for each in spent),
     )
-    own = [all_of_it - part for all_of_it, part in zip(processor, files_processor, strict=True)]
-    return Cost(*(statistics.median(seconds) for seconds in (walls, files, handed[1:], own, files_processor)))
 
 
 def files_watch() -> Stopwatch:
@@ -136,14 +141,14 @@ def files_watch() -> Stopwatch:
 def overhead_table(standins: StandIns, folder: Path, shapes: list[Shape]) -> list[tuple[int, Cost]]:
     """A row for each shape; returns prompts and costs."""
     watch = files_watch()
-    print("| generators | prompts | round, ms | files, ms | hand-over, ms | loop, ms | driver's processor, ms |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| generators | prompts | round, ms | files | hand-over | loop | driver's processor | that of its loop |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     found = []
     for shape in shapes:
         run_dir = folder / f"overhead-{shape.generators}-{shape.prompts}"
         cost = overhead(standins, shape, run_dir, watch)
         shutil.rmtree(run_dir)
-        seconds = (cost.round, cost.files, cost.handed, cost.loop, cost.processor)
+        seconds = (cost.round, cost.files, cost.handed, cost.loop, cost.processor, cost.thread)
         cells = " | ".join(f"{each * 1e3:.1f}" for each in seconds)
         print(f"| {shape.generators} | {shape.prompts} | {cells} |", flush=True)
         found.append((shape.prompts, cost))
@@ -218,7 +223,7 @@ def main() -> None:
             print("\nPrompts of 2 responses, 256 generators\n")
             sizes = [n for n in PROMPTS if n <= options.largest]
             costs = overhead_table(standins, folder / "p", [Shape(256, n, rounds=rounds + 1) for n in sizes])
-            for name in ("loop", "processor"):
+            for name in ("loop", "processor", "thread"):
                 fixed, slope = growth([(prompts, getattr(cost, name)) for prompts, cost in costs])
                 print(f"\n{name}: {fixed * 1e3:.0f} ms a round + {slope * 1e6:.0f} µs a prompt")
 

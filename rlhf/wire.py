@@ -4,12 +4,15 @@ Pickled one by one, records cost more than all else that the driver does for a r
 object, both ways. These lists pickle as a few flat arrays and lists of strings.
 """
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rlhf.judging.verdicts import check_complete
-from rlhf.packed import IDS, LOGPROBS, SEEDS, Lists, cut, join
+from rlhf.packed import IDS, LOGPROBS, SEEDS, Lists, Numbers, cut, join
 from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VerdictState, VersionSpan
+
+Flat = tuple[str, bytes | memoryview, bytes]
 
 Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -26,8 +29,8 @@ class PackedRequests(list[SampleRequest]):
         prompts = [request.prompt for request in self]
         columns = (
             [prompt.uid for prompt in prompts],
-            join(IDS, [prompt.token_ids for prompt in prompts]),
-            join(SEEDS, [request.seeds for request in self]),
+            _flat(join(IDS, [prompt.token_ids for prompt in prompts])),
+            _flat(join(SEEDS, [request.seeds for request in self])),
         )
         return _requests, columns
 
@@ -43,8 +46,8 @@ class PackedRollouts(list[Rollout]):
         columns = (
             [rollout.uid for rollout in self],
             [rollout.k for rollout in self],
-            join(IDS, [rollout.token_ids for rollout in self]),
-            join(LOGPROBS, [rollout.logprobs for rollout in self]),
+            _flat(join(IDS, [rollout.token_ids for rollout in self])),
+            _flat(join(LOGPROBS, [rollout.logprobs for rollout in self])),
             [rollout.text for rollout in self],
             [rollout.finish_reason for rollout in self],
             [tuple([(span.version, span.start, span.end) for span in rollout.versions]) for rollout in self],
@@ -63,7 +66,7 @@ class Responses:
         uids, ks, token_ids, logprobs, texts, reasons, versions = self._columns
         # Most responses are of one version and many of one length: their spans are equal, and made once.
         spans = {each: tuple(VersionSpan(*span) for span in each) for each in set(versions)}
-        columns = (uids, ks, cut(token_ids), cut(logprobs), texts, reasons, map(spans.__getitem__, versions))
+        columns = (uids, ks, _cut(token_ids), _cut(logprobs), texts, reasons, map(spans.__getitem__, versions))
         return list(map(Rollout, *columns))
 
 
@@ -115,9 +118,19 @@ class Findings:
 _STATES = {state.value: state for state in VerdictState}
 
 
-def _requests(uids: list[str], token_ids: Lists, seeds: Lists) -> PackedRequests:
-    prompts = [Prompt(uid, (), "", ids) for uid, ids in zip(uids, cut(token_ids), strict=True)]
-    return PackedRequests(map(SampleRequest, prompts, map(tuple, cut(seeds))))
+def _requests(uids: list[str], token_ids: Flat, seeds: Flat) -> PackedRequests:
+    prompts = [Prompt(uid, (), "", ids) for uid, ids in zip(uids, _cut(token_ids), strict=True)]
+    return PackedRequests(map(SampleRequest, prompts, map(tuple, _cut(seeds))))
+
+
+def _flat(lists: Lists) -> Flat:
+    """Lists end to end as plain objects: for each other one, Ray's pickler calls back into Python."""
+    return lists.kind, lists.values, lists.ends.tobytes()
+
+
+def _cut(flat: Flat) -> list[Numbers]:
+    kind, values, ends = flat
+    return cut(Lists(kind, values, array("q", ends)))
 
 
 def _comparisons(conversations: list[list[dict[str, str]]], rows: list[tuple[Any, ...]]) -> list[Comparison]:

@@ -117,7 +117,7 @@ async def test_calls_of_one_moment_are_one_post_and_each_gets_its_own_answer(mon
     assert found == [[0, 1, 2, 3]] * 4 + ["hi from m0"]
     # One call is made before the loop gets to the streams, which are made in one moment again.
     assert posts[4:] == [1, 3, 1]
-    assert MEMBERS == 32
+    assert MEMBERS == 128
 
 
 async def test_requests_stay_columns_on_their_way():

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 
 import numpy as np
@@ -81,6 +82,11 @@ def test_a_stopwatch_clocks_calls_coroutines_and_iterators() -> None:
             time.sleep(0.02)
             return 1
 
+        def spin(self) -> None:
+            end = time.thread_time() + 0.02
+            while time.thread_time() < end:
+                pass
+
         async def wait(self) -> int:
             await asyncio.sleep(0.02)
             return 2
@@ -91,7 +97,7 @@ def test_a_stopwatch_clocks_calls_coroutines_and_iterators() -> None:
                 yield n
 
     watch, worker = stopwatch.Stopwatch(), Worker()
-    for name in ("call", "wait", "items"):
+    for name in ("call", "spin", "wait", "items"):
         watch.wrap(worker, name, name)
     assert (worker.call(), worker.call(), asyncio.run(worker.wait())) == (1, 1, 2)
     found = []
@@ -100,14 +106,18 @@ def test_a_stopwatch_clocks_calls_coroutines_and_iterators() -> None:
         found.append(item)
     assert found == [0, 1]
     assert {name: len(calls) for name, calls in watch.seconds.items()} == {"call": 2, "wait": 1, "items": 1}
+    thread = Thread(target=worker.spin)
+    thread.start()
+    thread.join()
     lap = watch.lap()
     assert lap["call"] >= 0.04
     assert lap["wait"] >= 0.02
     assert 0.04 <= lap["items"] < 0.2
     assert watch.lap() == {}
-    seconds, processor = watch.totals()
-    assert seconds >= 0.04
-    assert processor < 0.03, "a sleep takes no processor"
+    seconds, processor, own = watch.totals()
+    assert seconds >= 0.06
+    assert 0.02 <= processor < 0.05, "a sleep takes no processor"
+    assert own < 0.01, "another thread's is not this one's"
     with pytest.raises(AttributeError):
         watch.wrap(worker, "missing", "missing")
 
