@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from actors.calls import within
+from actors.calls import NoAnswerError, within
 from actors.fleet import GeneratorFleet
 from actors.relay import RelayLostError
 from rlhf.errors import EngineLostError, PayloadError, RLHFError
@@ -146,23 +146,47 @@ class ObjectStorePlane(Plane):
     resends = True
 
     async def _transfer(self, manifest: WeightManifest, handles: Mapping[str, Any]) -> Outcomes:
-        outcomes = await asyncio.gather(*(self._update(manifest, *target) for target in handles.items()))
-        return dict(zip(handles, outcomes, strict=True))
+        return await self._update_all(dict.fromkeys(handles, manifest), handles)
 
-    async def _update(self, manifest: WeightManifest, target: str, handle: Any) -> float | RLHFError:
-        what = f"{target}: update to version {manifest.version}"
+    async def _update_all(self, manifests: Mapping[str, WeightManifest], handles: Mapping[str, Any]) -> Outcomes:
+        """Send each target its manifest."""
         end = time.monotonic() + self._deadline
+        calls = {target: self._call(manifest, handles[target]) for target, manifest in manifests.items()}
+        try:
+            if calls:
+                # As long as none fails one wait is for all: a task and a timer each take the driver longer than calls.
+                await asyncio.wait(calls.values(), timeout=self._deadline, return_when=asyncio.FIRST_EXCEPTION)
+            left = [target for target, call in calls.items() if not call.done() or call.exception()]
+            waits = [self._update(manifests[target], target, handles[target], calls[target], end) for target in left]
+            found = dict(zip(left, await asyncio.gather(*waits), strict=True))
+        finally:
+            for call in calls.values():
+                call.cancel()
+        return {target: found[target] if target in found else call.result() for target, call in calls.items()}
+
+    def _call(self, manifest: WeightManifest, handle: Any) -> "asyncio.Future[float]":
+        return asyncio.ensure_future(handle.update.remote(manifest, self._verify, self._tolerance))
+
+    async def _update(
+        self, manifest: WeightManifest, target: str, handle: Any, call: "asyncio.Future[float]", end: float
+    ) -> float | RLHFError:
+        """What becomes of a call; it is made again, until `end`, when a relay is lost with it."""
+        what = f"{target}: update to version {manifest.version}"
+        left = end - time.monotonic()
         while True:
             try:
-                return await within(handle.update.remote(manifest, self._verify, self._tolerance), self._deadline, what)
+                return await within(call, left, what)
             except RelayLostError as error:
                 # No word about the engine. Another relay may be lost as well: a node that goes takes each that is
                 # started on it before it is known to be gone.
                 if time.monotonic() > end:
                     return error
                 await asyncio.sleep(RELAY_PAUSE_S)
+                call, left = self._call(manifest, handle), self._deadline
             except (PayloadError, EngineLostError) as error:
                 return error
+            except NoAnswerError:
+                return EngineLostError(f"{what} did not end within {self._deadline:.0f} s")
             except RLHFError as error:
-                # It died or did not answer in time: nobody knows what it holds.
+                # It died: nobody knows what it holds.
                 return EngineLostError(str(error))

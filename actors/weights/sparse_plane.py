@@ -46,10 +46,7 @@ class SparsePlane(ObjectStorePlane):
         given = await self._copies.spread(manifest, sorted(set(found.values())))
         whole = any(each is manifest for each in given.values())
         self._sent_bytes = manifest.nbytes if whole else manifest.sent_bytes
-        taken = await asyncio.gather(
-            *(self._update(given[node], target, handles[target]) for target, node in found.items())
-        )
-        return lost | dict(zip(found, taken, strict=True))
+        return lost | await self._update_all({target: given[node] for target, node in found.items()}, handles)
 
     async def _node(self, target: str, handle: Any) -> str | RLHFError:
         try:

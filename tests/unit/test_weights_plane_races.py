@@ -242,3 +242,17 @@ async def test_relays_that_are_lost_one_after_the_other_cost_an_update_at_most_i
     assert [alert for alert in alerts if "a does not serve" not in alert] == []
     assert world.fleet.metrics()["fleet/restarts"] == 0
     assert world.fleet.handle("a") is engines[0]
+
+
+async def test_a_lost_relays_update_is_sent_again_while_another_engine_hangs() -> None:
+    hangs, flaky, quick = Engine("a", seconds=60.0), Flaky("b"), Engine("c")
+    world, alerts = World(hangs, flaky, quick, spares=[Engine("a")]), []
+    task = asyncio.create_task(publishing(world, alerts, deadline=1.2)(1))
+    async with asyncio.timeout(0.9):
+        while flaky.proved != 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not task.done(), "one is still waited for"
+    report = await task
+    assert report.served == ("b", "c")
+    assert "a: update to version 1 did not end within 1 s" in report.failed["a"]
+    await healthy(world, "a", "b", "c")
