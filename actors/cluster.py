@@ -93,27 +93,40 @@ def connect(name: str, cluster: Cluster, object_store_bytes: int, run_dir: Path 
         yield ClusterInfo(namespace, _device(cluster), private)
     finally:
         workers = _workers() if private else []
-        ray.shutdown()
-        _end(workers)
-        if temp_dir is not None:
-            shutil.rmtree(temp_dir, ignore_errors=True)
+        try:
+            ray.shutdown()
+        finally:
+            _end(workers)
+            if temp_dir is not None:
+                shutil.rmtree(temp_dir, ignore_errors=True)
 
 
 def _workers() -> list[psutil.Process]:
     """The processes that the private Ray's node has started, and those that these have."""
-    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
-    return [process for raylet in raylets for process in raylet.children(recursive=True)]
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if child.name() == "raylet":
+                found += child.children(recursive=True)
+    return found
 
 
 def _end(workers: list[psutil.Process]) -> None:
     """Wait for what ends by itself, and kill the rest: a worker has been seen to wait for ever for a lock of Ray's own
     exit, with all its memory, after its node had gone."""
-    deadline = time.monotonic() + END_S
-    while any(map(_lives, workers)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for process in filter(_lives, workers):
+    _wait(workers)
+    left = list(filter(_lives, workers))
+    for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    _wait(left)
+
+
+def _wait(processes: list[psutil.Process]) -> None:
+    """Until all have ended, `END_S` seconds at most."""
+    deadline = time.monotonic() + END_S
+    while any(map(_lives, processes)) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _lives(process: psutil.Process) -> bool:

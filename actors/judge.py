@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -154,17 +153,10 @@ class JudgePool:
     """The `Judge` port over the actors.
 
     Calls are joined into batches of up to `batch_size`: a batch grows until it is full or an actor takes it, so what
-    comes in while all are busy shares one. Those of a quick judge may be larger, since a call costs the driver as much
-    as all else of many comparisons. An actor has at most two batches, so that it never waits and work goes to whichever
-    is free. One that dies, or does not answer in time, is started again out of the restart budget; its batches go to
-    others meanwhile.
+    comes in while all are busy shares one. An actor has at most two batches, so that it never waits and work goes to
+    whichever is free. One that dies, or does not answer in time, is started again out of the restart budget; its
+    batches go to others meanwhile.
     """
-
-    QUICK_S = 0.25
-    """What all actors together judge in so many seconds, shared among them, may be one batch beyond `batch_size`."""
-
-    LARGEST = 8
-    """Times `batch_size` that a batch may have at most: the next comparisons may take longer than the last."""
 
     LINGER_S = 0.005
     """How long a batch waits for more although an actor is free: prompts finish in bursts."""
@@ -201,8 +193,6 @@ class JudgePool:
             for index in range(len(self._handles)):
                 self._free.put_nowait(_Slot(index, self._handles[index]))
         self._open: _Batch | None = None
-        self._each_s = 0.0
-        """Seconds a comparison, of the last batch that was judged; 0 before the first."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
@@ -214,12 +204,12 @@ class JudgePool:
             if batch is None:
                 batch = self._open = _Batch()
                 self._spawn(self._judge(batch))
-            start, limit = len(batch.comparisons), self._limit()
-            batch.comparisons += comparisons[given : given + max(0, limit - start)]
+            start = len(batch.comparisons)
+            batch.comparisons += comparisons[given : given + self._batch_size - start]
             end = len(batch.comparisons)
             given += end - start
             parts.append((batch, start, end))
-            if end >= limit:
+            if end == self._batch_size:
                 self._open = None
                 batch.ready.set()
         verdicts: list[Verdict] = []
@@ -227,13 +217,6 @@ class JudgePool:
             # Shielded: the batch is shared, and a caller that is stopped must not stop the others.
             verdicts += (await asyncio.shield(batch.done))[start:end]
         return verdicts
-
-    def _limit(self) -> int:
-        """Comparisons of the batch that is filled now."""
-        if not self._each_s:
-            return self._batch_size
-        quick = self.QUICK_S / len(self._handles) / self._each_s
-        return int(min(max(self._batch_size, quick), self.LARGEST * self._batch_size))
 
     async def _judge(self, batch: _Batch) -> None:
         try:
@@ -249,11 +232,8 @@ class JudgePool:
         for attempt in itertools.count(1):
             try:
                 what = f"{self._name}-{slot.index}: {len(batch.comparisons)} comparisons"
-                started = time.monotonic()
                 call = slot.handle.compare.remote(PackedComparisons(batch.comparisons))
-                verdicts = _completed(await within(call, self._deadline, what), batch.comparisons)
-                self._each_s = (time.monotonic() - started) / len(verdicts)
-                return verdicts
+                return _completed(await within(call, self._deadline, what), batch.comparisons)
             except (ActorDiedError, NoAnswerError, EngineLostError) as error:
                 if self._restart is None:
                     raise

@@ -67,12 +67,7 @@ class PooledJudge(BaseJudge):
     """A judge that runs in a pool of Ray actors shared by all generators."""
 
     replicas: int = Field(1, ge=1, description="Judge actors in the pool.")
-    batch_size: int = Field(
-        64,
-        ge=1,
-        description="Comparisons sent to one actor at a time; up to eight times as many where that takes less than a "
-        "quarter of a second.",
-    )
+    batch_size: int = Field(64, ge=1, description="Comparisons sent to one actor at a time.")
     cpus: int | None = Field(None, ge=1, description="CPU threads of one judge actor; null picks by judge and machine.")
     cache: bool = Field(
         True, description="Keep verdicts by content in the run directory: the same comparison is judged once."
@@ -100,6 +95,8 @@ class SentimentJudge(PooledJudge):
 
     type: Literal["sentiment"] = "sentiment"
     cache: bool = Field(False, description="Keep verdicts by content in the run directory.")
+    # So quick that a call costs the driver as much as it takes the judge to compare hundreds.
+    batch_size: int = Field(512, ge=1, description="Comparisons sent to one actor at a time.")
     scale: float = Field(
         4.0, gt=0, description="p(A wins) = sigmoid(scale * (score(A) - score(B))), scores in [-1, 1]."
     )

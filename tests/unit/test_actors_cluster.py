@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -82,9 +83,10 @@ def test_a_private_rays_workers_end_with_it(monkeypatch: pytest.MonkeyPatch) -> 
         processes = [psutil.Process(pid) for pid in ray.get(actor.pids.remote())]
         actor.stand.remote()
         while processes[0].status() != psutil.STATUS_STOPPED:
-            pass
-    psutil.wait_procs(processes, timeout=5)  # A kill takes a moment.
-    assert not [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    assert mine.is_running()
+            time.sleep(0.01)
+    left = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    survived = mine.is_running()
     mine.kill()
     mine.wait()
+    assert not left
+    assert survived, "it is not Ray's"

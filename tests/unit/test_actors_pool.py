@@ -147,24 +147,6 @@ async def test_a_batch_grows_while_the_pool_is_busy(batch_size: int, later: list
     assert [numbers(answer) for answer in answers] == [[2 * prompt, 2 * prompt + 1] for prompt in range(16)]
 
 
-@pytest.mark.parametrize(
-    ("quick_s", "sizes"),
-    [(0.0, [4] * 12), (60.0, [32, 16])],
-    ids=["slow", "quick"],
-)
-async def test_batches_of_a_quick_judge_are_larger(
-    monkeypatch: pytest.MonkeyPatch, quick_s: float, sizes: list[int]
-) -> None:
-    monkeypatch.setattr(JudgePool, "QUICK_S", quick_s)
-    handle = Handle()
-    pool = JudgePool([handle], batch_size=4, deadline=5)
-    await pool.compare(comparisons(1000))  # it has shown how quick it is
-    handle.batches.clear()
-    answers = await asyncio.gather(*(pool.compare(comparisons(*range(4 * n, 4 * n + 4))) for n in range(12)))
-    assert [len(batch) for batch in handle.batches] == sizes
-    assert [numbers(answer) for answer in answers] == [list(range(4 * n, 4 * n + 4)) for n in range(12)]
-
-
 async def test_a_batch_that_waited_for_a_slot_does_not_linger_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     handle = Handle()
     pool = JudgePool([handle], batch_size=2, deadline=5)
@@ -205,7 +187,7 @@ def test_each_call_gets_its_own_verdicts_in_order(
 
     assert [numbers(answer) for answer in asyncio.run(run())] == wanted
     batches = [batch for handle in handles for batch in handle.batches]
-    assert all(1 <= len(batch) <= JudgePool.LARGEST * batch_size for batch in batches)
+    assert all(1 <= len(batch) <= batch_size for batch in batches)
     assert sorted(number for batch in batches for number in batch) == list(range(sum(sizes)))
 
 
