@@ -225,10 +225,12 @@ def test_the_next_round_is_that_of_the_ranks_that_saved(results, case):
     found, saved = variant_of(results, case)[0], results["save"][case[1]][0]
     (steps, weights), (expected, undisturbed) = found["after"], saved["after"]
     half = case[1].startswith("half")
-    for ours, theirs in zip(steps, expected, strict=True):
+    for number, (ours, theirs) in enumerate(zip(steps, expected, strict=True)):
         assert ours["loss/beta"] == theirs["loss/beta"] > 0.1
         assert ours["train/lr"] == theirs["train/lr"]
-        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-2 if half else 1e-6)
+        # The first step has the weights that were loaded; the next is as far off as what that one made of them.
+        exact = 1e-6 if number == 0 else 4e-6
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-2 if half else exact)
         assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=5e-2 if half else 1e-5)
     whole_off = whole_change = 0.0
     for key, value in undisturbed.items():
