@@ -65,8 +65,10 @@ def test_every_layout_gives_one_answer(folder, name):
         for one, two in zip(whole["steps"], other["steps"], strict=True):
             assert one == pytest.approx(two, rel=2e-5, abs=2e-5), layout
         for key, tensor in whole["weights"].items():
+            # Adam divides by the gradient's own size: an element that has next to none moves by its rounding, and with
+            # 3e-3 a step five steps could take it much further than this.
             torch.testing.assert_close(
-                other["weights"][key], tensor, rtol=0, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
+                other["weights"][key], tensor, rtol=0, atol=5e-5, msg=lambda m, k=key: f"{k}: {m}"
             )
     losses = [step["train/loss"] for step in whole["steps"]]
     assert len(losses) == 5
