@@ -28,7 +28,8 @@ DIRECT = 8
 """A fleet of up to so many members is called directly: what a relay saves there is not worth another process."""
 
 MEMBERS = 128
-"""Members of one relay at most: it makes some thousand calls a second, which is more than so many engines take."""
+"""Members of one relay at most: it can make about a thousand calls a second (`bench/calls.py`), and an engine takes one
+every few seconds."""
 
 LINGER_S, LONGEST_LINGER_S = 0.02, 0.25
 """How long an answer waits for others to travel with, at least and at most: a quarter of what its post has taken.
