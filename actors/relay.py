@@ -13,6 +13,7 @@ are asked for again, an update is sent again.
 import asyncio
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -144,10 +145,12 @@ class ActorGoneError(ray.exceptions.RayActorError):
 
 
 class Stream:
-    """The items of a call as they come, each to be awaited as Ray's references are."""
+    """The items of a call as they come, each to be awaited as Ray's references are; for one reader."""
 
     def __init__(self) -> None:
-        self._parts: asyncio.Queue[Part] = asyncio.Queue()
+        self._parts: deque[Part] = deque()
+        # Not a queue of asyncio: to make one costs more than all else of a stream.
+        self._waits: asyncio.Future[None] | None = None
         self._ended = False
 
     def done(self) -> bool:
@@ -157,13 +160,18 @@ class Stream:
     def give(self, part: Part) -> None:
         """The next part has arrived."""
         self._ended = self._ended or part.kind != "item"
-        self._parts.put_nowait(part)
+        self._parts.append(part)
+        if self._waits and not self._waits.done():
+            self._waits.set_result(None)
 
     def __aiter__(self) -> "Stream":
         return self
 
     async def __anext__(self) -> Awaitable[Any]:
-        part = await self._parts.get()
+        while not self._parts:
+            self._waits = asyncio.get_running_loop().create_future()
+            await self._waits
+        part = self._parts.popleft()
         if part.kind == "error":
             raise part.value
         if part.kind == "end":

@@ -7,7 +7,7 @@ lists of arrays are joined, cut, sent and written by copying memory.
 
 from array import array
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate
 from typing import Any, NamedTuple, TypeAlias
 
 IDS, LOGPROBS, SEEDS = "i", "f", "q"
@@ -44,4 +44,8 @@ def cut(lists: Lists) -> list[Numbers]:
     """The lists again, each an array of its own."""
     values = array(lists.kind)
     values.frombytes(lists.values)
-    return [values[start:end] for start, end in pairwise(chain((0,), lists.ends))]
+    start, found = 0, []
+    for end in lists.ends:
+        found.append(values[start:end])
+        start = end
+    return found

@@ -23,8 +23,8 @@ from rlhf.records import (
 class Generators(Protocol):
     """Samples responses on whichever replica is free."""
 
-    def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
-        """Yield each response as it ends; raise `DeadlineError` after `deadline` seconds."""
+    def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
+        """Yield responses as they end, those that arrive together in one list; raise `DeadlineError` after `deadline` seconds."""
         ...
 
 

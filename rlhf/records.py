@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any
 
 import xxhash
@@ -70,7 +71,8 @@ class Rollout(Struct, frozen=True, gc=False):
     @property
     def oldest_version(self) -> int:
         """The oldest version that wrote a token."""
-        return min([span.version for span in self.versions])
+        versions = self.versions
+        return versions[0].version if len(versions) == 1 else min([span.version for span in versions])
 
 
 class Comparison(Struct, frozen=True, gc=False):
@@ -173,7 +175,7 @@ class SealedRound:
 
 
 def _column(pairs: Sequence[Pair], name: str) -> list[Any] | Lists:
-    values = [getattr(pair, name) for pair in pairs]
+    values = list(map(attrgetter(name), pairs))
     return join(_PACKED[name], values) if name in _PACKED else values
 
 

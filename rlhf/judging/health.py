@@ -8,7 +8,7 @@ import numpy as np
 
 from rlhf.config.judge import JudgeHealth
 from rlhf.errors import RLHFError
-from rlhf.records import Verdict, VerdictState
+from rlhf.records import Comparison, Verdict, VerdictState
 
 DEFAULTS = JudgeHealth()
 MIN_LENGTH_BIAS_COMPARISONS = 20  # below this a correlation of one half is chance
@@ -24,24 +24,23 @@ def judge_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
     distinct (prompt, response); `score_spread` is the mean over prompts with two scored responses or more of the
     population standard deviation of their scores; both are absent if there are no such scores.
     """
+    # Columns: a property or a call for each verdict would cost the loop more than judging does.
     valid = [verdict for verdict in verdicts if verdict.state is not VerdictState.INVALID]
-    ties = sum(verdict.state is VerdictState.TIE for verdict in valid)
+    ties = [verdict.state for verdict in valid].count(VerdictState.TIE)
+    p_ab = np.array([verdict.p_ab for verdict in valid])
+    p_ba = np.array([verdict.p_ba for verdict in valid])
+    flips = int(np.count_nonzero((p_ab - 0.5) * (p_ba - 0.5) < 0))
+    preference = p_ab + p_ba - 1.0
     metrics = {
         "judge/comparisons": float(len(verdicts)),
-        "judge/flip_rate": _share(sum(verdict.flipped for verdict in valid), len(valid)),
+        "judge/flip_rate": _share(flips, len(valid)),
         "judge/tie_rate": _share(ties, len(valid)),
         "judge/invalid_rate": _share(len(verdicts) - len(valid), len(verdicts)),
-        "judge/truncated_rate": _share(sum(verdict.truncated for verdict in verdicts), len(verdicts)),
-        "judge/confidence": _mean([abs(2.0 * verdict.p - 1.0) for verdict in valid]),
-        "judge/length_bias": _length_bias(valid),
+        "judge/truncated_rate": _share([verdict.truncated for verdict in verdicts].count(True), len(verdicts)),
+        "judge/confidence": _mean(np.abs(preference)),
+        "judge/length_bias": _length_bias(preference, [verdict.comparison for verdict in valid]),
     }
-    prompts = [list(scores.values()) for scores in _distinct_scores(verdicts).values()]
-    if prompts:
-        metrics["judge/score_mean"] = _mean([score for scores in prompts for score in scores])
-    spreads = [_deviation(scores) for scores in prompts if len(scores) > 1]
-    if spreads:
-        metrics["judge/score_spread"] = _mean(spreads)
-    return metrics
+    return metrics | _score_metrics(verdicts)
 
 
 def health_warnings(
@@ -98,32 +97,37 @@ def _share(count: int, total: int) -> float:
     return count / total if total else 0.0
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values) if values else 0.0
+def _mean(values: np.ndarray) -> float:
+    return math.fsum(values.tolist()) / len(values) if len(values) else 0.0
 
 
-def _deviation(values: Sequence[float]) -> float:
-    """The population standard deviation; NumPy's takes ten times as long for the few scores of a prompt."""
-    mean = _mean(values)
-    return math.sqrt(_mean([(value - mean) ** 2 for value in values]))
-
-
-def _length_bias(valid: Sequence[Verdict]) -> float:
-    preference = np.array([2.0 * verdict.p - 1.0 for verdict in valid])
-    difference = np.array([float(len(verdict.comparison.a) - len(verdict.comparison.b)) for verdict in valid])
+def _length_bias(preference: np.ndarray, comparisons: Sequence[Comparison]) -> float:
+    difference = np.array([len(comparison.a) - len(comparison.b) for comparison in comparisons], dtype=float)
     # Constant input has no correlation; np.ptp sees it exactly, a variance may not.
-    if len(valid) < 2 or np.ptp(preference) == 0.0 or np.ptp(difference) == 0.0:
+    if len(comparisons) < 2 or np.ptp(preference) == 0.0 or np.ptp(difference) == 0.0:
         return 0.0
     bias = float(np.corrcoef(preference, difference)[0, 1])
     return bias if math.isfinite(bias) else 0.0
 
 
-def _distinct_scores(verdicts: Sequence[Verdict]) -> dict[str, dict[str, float]]:
-    """Finite scores by prompt, then by response text."""
-    scores: dict[str, dict[str, float]] = {}
+def _score_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """judge/score_mean and judge/score_spread, where there are finite scores for them."""
+    scores: dict[tuple[str, str], float] = {}
     for verdict in verdicts:
         comparison = verdict.comparison
-        for text, score in ((comparison.a, verdict.score_a), (comparison.b, verdict.score_b)):
-            if score is not None and math.isfinite(score):
-                scores.setdefault(comparison.uid, {})[text] = score
-    return scores
+        if (score := verdict.score_a) is not None and math.isfinite(score):
+            scores[comparison.uid, comparison.a] = score
+        if (score := verdict.score_b) is not None and math.isfinite(score):
+            scores[comparison.uid, comparison.b] = score
+    if not scores:
+        return {}
+    numbers: dict[str, int] = {}
+    prompts = np.array([numbers.setdefault(uid, len(numbers)) for uid, _ in scores])
+    values = np.array(list(scores.values()))
+    counts = np.bincount(prompts)
+    means = np.bincount(prompts, values) / counts
+    spreads = np.sqrt(np.bincount(prompts, (values - means[prompts]) ** 2) / counts)
+    metrics = {"judge/score_mean": _mean(values)}
+    if (several := counts > 1).any():
+        metrics["judge/score_spread"] = _mean(spreads[several])
+    return metrics

@@ -137,13 +137,14 @@ class OnlineSource:
         started = time.monotonic()
         async with asyncio.TaskGroup() as tasks, Gathered(tasks, pairing) as whole:
             with self._monitor.progress("generate", len(prompts) * samples) as bar:
-                async for rollout in self._generators.sample(requests, self._config.cluster.deadlines.generate):
-                    bar.advance()
-                    group = groups[rollout.uid]
-                    group.append(rollout)
-                    if len(group) == samples:
-                        # Judging starts with the first finished prompt, while others are still sampled.
-                        whole.add((by_uid[rollout.uid], group))
+                async for ended in self._generators.sample(requests, self._config.cluster.deadlines.generate):
+                    bar.advance(len(ended))
+                    for rollout in ended:
+                        group = groups[rollout.uid]
+                        group.append(rollout)
+                        if len(group) == samples:
+                            # Judging starts with the first finished prompt, while others are still sampled.
+                            whole.add((by_uid[rollout.uid], group))
             generate_s = time.monotonic() - started
             results = []
             with self._monitor.progress("judge", whole.count) as bar:
@@ -178,7 +179,8 @@ class OnlineSource:
 
 def sample_requests(prompts: list[Prompt], samples: int, seed: int, scope: int | str) -> list[SampleRequest]:
     """Requests whose seeds derive from (run seed, prompt uid, round, k): a retry samples the same responses."""
-    return [SampleRequest(prompt, derive_seeds(seed, prompt.uid, scope, count=samples)) for prompt in prompts]
+    seeds = derive_seeds(seed, [prompt.uid for prompt in prompts], scope, samples)
+    return list(map(SampleRequest, prompts, seeds))
 
 
 def rollout_metrics(rollouts: list[Rollout], seconds: float) -> dict[str, float]:

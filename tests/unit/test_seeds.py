@@ -35,9 +35,18 @@ def test_the_cut_between_parts_counts() -> None:
     assert derive_seed(1, 2) != derive_seed(2, 1)
 
 
-@given(parts=PARTS, count=st.integers(0, 12))
-def test_seeds_in_a_row_are_those_of_their_numbers(parts: list[int | str], count: int) -> None:
-    assert derive_seeds(*parts, count=count) == tuple(derive_seed(*parts, k) for k in range(count))
+@given(
+    seed=st.integers(-(2**70), 2**70),
+    uids=st.lists(st.text("0123456789ab-/ é", max_size=6), max_size=4),
+    scope=st.integers(0, 2**70) | st.text(max_size=6),
+    count=st.integers(1, 12),
+)
+def test_seeds_of_many_prompts_are_those_of_their_numbers(
+    seed: int, uids: list[str], scope: int | str, count: int
+) -> None:
+    found = derive_seeds(seed, uids, scope, count)
+    assert found == [tuple(derive_seed(seed, uid, scope, k) for k in range(count)) for uid in uids]
+    assert all(type(each) is int for seeds in found for each in seeds)
 
 
 @given(first=PARTS, second=PARTS)

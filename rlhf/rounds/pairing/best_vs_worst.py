@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf.records import Prompt, Rollout, VerdictState
+from rlhf.records import Prompt, Rollout, Verdict, VerdictState
 from rlhf.rounds.pairing.round_robin import standings
-from rlhf.rounds.pairing.strategy import Match, Results, Steps, compare, distinct, identical, match, ranked
+from rlhf.rounds.pairing.strategy import Candidate, Match, Results, Steps, compare, distinct, identical, match, ranked
 
 
 def best_vs_worst(group: Sequence[Rollout], prompt: Prompt, rng: np.random.Generator) -> Steps:
@@ -22,6 +22,9 @@ def best_vs_worst(group: Sequence[Rollout], prompt: Prompt, rng: np.random.Gener
     firsts = distinct(group)
     if len(firsts) < 2:
         return [identical(0, 1)]
+    if len(firsts) == 2:
+        [verdict] = yield [compare(group, prompt, *firsts)]
+        return [of_two(firsts[0], firsts[1], verdict)]
     cover = covering(firsts)
     verdicts = yield [compare(group, prompt, i, j) for i, j in cover]
     results = dict(zip(cover, verdicts, strict=True))
@@ -38,6 +41,14 @@ def best_vs_worst(group: Sequence[Rollout], prompt: Prompt, rng: np.random.Gener
     if final not in results:
         [results[final]] = yield [compare(group, prompt, *final)]
     return [ranked(best, worst, results)]
+
+
+def of_two(i: int, j: int, verdict: Verdict) -> Candidate:
+    """The candidate of i against j where there are no others: what the rules for many come to."""
+    a, b = verdict.score_a, verdict.score_b
+    if a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
+        return standings({(i, j): verdict})
+    return ranked(j, i, {(i, j): verdict}) if b > a else ranked(i, j, {(i, j): verdict})
 
 
 def covering(positions: Sequence[int]) -> list[Match]:
