@@ -178,9 +178,13 @@ class LearnerGroup:
         launch: Callable[[], Awaitable[Sequence[Any]]] | None = None,
         budget: RestartBudget | None = None,
         alert: Callable[[str], None] = lambda message: None,
+        share: Callable[[Any], Any] = ray.put,
     ):
         """`launch` makes new rank actors in place of all old ones; each restart takes from `budget`, which others
-        share, and is told to `alert`."""
+        share, and is told to `alert`.
+
+        `share` gives what stands for a value in calls of several ranks, which would pickle it for each of them.
+        """
         self._ranks = Ranks(handles)
         self._deadlines = deadlines
         self._probes = list(probes)
@@ -188,6 +192,7 @@ class LearnerGroup:
         self._budget = ProgressBudget(budget or RestartBudget(5, 3600.0))
         self._health = Health(self._budget, deadlines.learn)
         self._alert = alert
+        self._share = share
         self.generation = 0
         """How often the ranks were started again: each time they have joined no NCCL group."""
 
@@ -245,10 +250,10 @@ class LearnerGroup:
     async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """Yield the round's step reports as they are made."""
         self._ranks.check()
-        given = dict(others)
+        arguments = self._shared(sealed), self._shared(dict(others))
         methods = [handle.train.options(num_returns="streaming") for handle in self._ranks.handles]
         reports: asyncio.Queue[StepReport | None] = asyncio.Queue()
-        calls = [_follow(method.remote(sealed, given), reports) for method in methods]
+        calls = [_follow(method.remote(*arguments), reports) for method in methods]
         training = asyncio.create_task(self._ranks.together(calls, self._deadlines.learn, f"round {sealed.round}"))
         training.add_done_callback(lambda _: reports.put_nowait(None))
         try:
@@ -264,12 +269,13 @@ class LearnerGroup:
 
     async def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Summed log-probs of `pairs` under the policy: float64 [n, 2]."""
-        return (await self._ranks.all("score", self._deadlines.learn, f"scoring {len(pairs)} pairs", tuple(pairs)))[0]
+        what = f"scoring {len(pairs)} pairs"
+        return (await self._ranks.all("score", self._deadlines.learn, what, self._shared(tuple(pairs))))[0]
 
     async def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
         """Mean loss and rewards of `pairs` under the policy, without a step."""
         what = f"evaluating {len(pairs)} pairs"
-        return (await self._ranks.all("evaluate", self._deadlines.learn, what, tuple(pairs)))[0]
+        return (await self._ranks.all("evaluate", self._deadlines.learn, what, self._shared(tuple(pairs))))[0]
 
     async def save(self, path: Path) -> None:
         """Write a checkpoint into `path`."""
@@ -296,6 +302,9 @@ class LearnerGroup:
     async def wake(self) -> None:
         """Take the GPUs' memory again, once a save that is under way has ended."""
         await self._ranks.all("wake", self._deadlines.checkpoint, "waking")
+
+    def _shared(self, value: Any) -> Any:
+        return self._share(value) if len(self._ranks.handles) > 1 else value
 
     async def _first(self, method: str, deadline: float, what: str) -> Any:
         self._ranks.check()

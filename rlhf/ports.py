@@ -24,7 +24,10 @@ class Generators(Protocol):
     """Samples responses on whichever replica is free."""
 
     def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
-        """Yield responses as they end, those that arrive together in one list; raise `DeadlineError` after `deadline` seconds."""
+        """Yield responses as they end, those that arrive together in one list.
+
+        Raises `DeadlineError` after `deadline` seconds.
+        """
         ...
 
 

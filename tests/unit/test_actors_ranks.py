@@ -115,10 +115,15 @@ class Setup:
     ) -> None:
         self.generations = [[Rank(0, meet[0] if meet else None), Rank(1, meet[1] if len(meet) > 1 else None)]]
         self.alerts: list[str] = []
+        self.shared: list[Any] = []
         self.later: Callable[[], list[Rank]] = lambda: [Rank(0), Rank(1)]
         self.budget = RestartBudget(budget, window_s)
         deadlines = Deadlines(learn=deadline, sync=deadline, checkpoint=deadline, start=deadline)
-        self.group = LearnerGroup(self.ranks, deadlines, (), self._launch, self.budget, self.alerts.append)
+        self.group = LearnerGroup(self.ranks, deadlines, (), self._launch, self.budget, self.alerts.append, self._share)
+
+    def _share(self, value: Any) -> Any:
+        self.shared.append(value)
+        return value
 
     @property
     def ranks(self) -> list[Rank]:
@@ -288,6 +293,18 @@ async def test_a_rank_that_died_when_nothing_was_asked_of_it_is_found() -> None:
     setup.ranks[1].die()
     assert await setup.group.restart()
     assert "rank 1 died" in setup.alerts[0]
+
+
+async def test_what_all_ranks_get_is_packed_once() -> None:
+    setup = Setup()
+    reports = [report async for report in setup.group.train(ROUND, {})]
+    assert [report.step for report in reports] == [0, 1]
+    assert setup.shared == [ROUND, {}]
+    assert all("train" in rank.called for rank in setup.ranks)
+    alone = LearnerGroup([Rank(0)], Deadlines(), (), None, setup.budget, setup.alerts.append, setup._share)
+    assert len([report async for report in alone.train(ROUND, {})]) == 2
+    # One rank's call packs them: an object of its own would only be one more.
+    assert len(setup.shared) == 2
 
 
 async def test_ranks_at_work_are_there() -> None:
