@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import repeat
 from operator import attrgetter
 from typing import Any
 
@@ -146,6 +147,7 @@ class Pair(Struct, frozen=True, gc=False):
 
 
 _PAIR_FIELDS = Pair.__struct_fields__
+_TEXTS = ("prompt", "chosen", "rejected")
 _PACKED = {name: IDS for name in _PAIR_FIELDS if name.endswith("_ids")} | {
     name: LOGPROBS for name in _PAIR_FIELDS if name.endswith("_logprobs")
 }
@@ -169,19 +171,21 @@ class SealedRound:
     span: tuple[float, float] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pairs as columns: every rank gets them, and records by the ten thousand take long."""
-        columns = [_column(self.pairs, name) for name in _PAIR_FIELDS]
+        """Pairs as columns, since records by the ten thousand take long, and without their texts: every rank gets them,
+        and trains token ids."""
+        columns = [() if name in _TEXTS else _column(self.pairs, name) for name in _PAIR_FIELDS]
         return _sealed_round, (columns, self.round, self.digest, self.ordered, self.group, self.weight, self.span)
 
 
-def _column(pairs: Sequence[Pair], name: str) -> list[Any] | Lists:
+def _column(pairs: Sequence[Pair], name: str) -> Sequence[Any]:
     values = list(map(attrgetter(name), pairs))
     return join(_PACKED[name], values) if name in _PACKED else values
 
 
-def _sealed_round(columns: list[list[Any] | Lists], round: int, *others: Any) -> SealedRound:
+def _sealed_round(columns: list[Sequence[Any]], round: int, *others: Any) -> SealedRound:
     values = [cut(column) if isinstance(column, Lists) else column for column in columns]
-    return SealedRound(round, tuple(map(Pair, *values)), *others)
+    named = dict(zip(_PAIR_FIELDS, values, strict=True)) | dict.fromkeys(_TEXTS, repeat(""))
+    return SealedRound(round, tuple(map(Pair, *named.values())), *others)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ Pickled one by one, records cost more than all else that the driver does for a r
 object, both ways. These lists pickle as a few flat arrays and lists of strings.
 """
 
+import pickle
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from rlhf.packed import IDS, LOGPROBS, SEEDS, Lists, Numbers, cut, join
 from rlhf.records import Comparison, Message, Prompt, Rollout, SampleRequest, Verdict, VerdictState, VersionSpan
 
 Flat = tuple[str, bytes | memoryview, bytes]
+
+Spans = tuple[tuple[int, int, int], ...]
 
 Reduced = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -42,7 +45,8 @@ class PackedRollouts(list[Rollout]):
     """
 
     def __reduce__(self) -> Reduced:
-        """The responses as columns."""
+        """The responses as columns, pickled."""
+        spans: dict[Spans, Spans] = {}
         columns = (
             [rollout.uid for rollout in self],
             [rollout.k for rollout in self],
@@ -50,21 +54,25 @@ class PackedRollouts(list[Rollout]):
             _flat(join(LOGPROBS, [rollout.logprobs for rollout in self])),
             [rollout.text for rollout in self],
             [rollout.finish_reason for rollout in self],
-            [tuple([(span.version, span.start, span.end) for span in rollout.versions]) for rollout in self],
+            # Most are of one version and many of one length: equal ones are one object, which is pickled once.
+            [spans.setdefault(each, each) for each in map(_plain_spans, self)],
         )
-        return Responses, columns
+        return Responses, (pickle.dumps(columns, pickle.HIGHEST_PROTOCOL),)
 
 
 class Responses:
-    """Responses that arrived, made into records when they are asked for: Ray unpickles what a stream gives twice."""
+    """Responses that arrived, unpickled when asked for: relays pass them on, and Ray unpickles a stream's items twice."""
 
-    def __init__(self, *columns: Any) -> None:
-        self._columns = columns
+    def __init__(self, pickled: bytes) -> None:
+        self._pickled = pickled
+
+    def __reduce__(self) -> Reduced:
+        """As they are."""
+        return Responses, (self._pickled,)
 
     def rollouts(self) -> list[Rollout]:
         """The responses."""
-        uids, ks, token_ids, logprobs, texts, reasons, versions = self._columns
-        # Most responses are of one version and many of one length: their spans are equal, and made once.
+        uids, ks, token_ids, logprobs, texts, reasons, versions = pickle.loads(self._pickled)
         spans = {each: tuple(VersionSpan(*span) for span in each) for each in set(versions)}
         columns = (uids, ks, _cut(token_ids), _cut(logprobs), texts, reasons, map(spans.__getitem__, versions))
         return list(map(Rollout, *columns))
@@ -121,6 +129,10 @@ _STATES = {state.value: state for state in VerdictState}
 def _requests(uids: list[str], token_ids: Flat, seeds: Flat) -> PackedRequests:
     prompts = [Prompt(uid, (), "", ids) for uid, ids in zip(uids, _cut(token_ids), strict=True)]
     return PackedRequests(map(SampleRequest, prompts, map(tuple, _cut(seeds))))
+
+
+def _plain_spans(rollout: Rollout) -> Spans:
+    return tuple([(span.version, span.start, span.end) for span in rollout.versions])
 
 
 def _flat(lists: Lists) -> Flat:
