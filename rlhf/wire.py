@@ -61,7 +61,7 @@ class PackedRollouts(list[Rollout]):
 
 
 class Responses:
-    """Responses that arrived, unpickled when asked for: relays pass them on, and Ray unpickles a stream's items twice."""
+    """Responses that arrived, unpickled when asked for: relays pass them on, and Ray unpickles streamed items twice."""
 
     def __init__(self, pickled: bytes) -> None:
         self._pickled = pickled
