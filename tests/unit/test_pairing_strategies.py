@@ -142,6 +142,27 @@ async def test_scores_need_one_look_at_each_response_and_the_final(scores: list[
     assert len(set(asked)) == len(asked)
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, math.nan])
+@pytest.mark.parametrize("scores", itertools.product([None, math.nan, -math.inf, 0.0, 1.0], repeat=2))
+async def test_of_two_responses_the_scores_rank_and_the_verdict_decides(
+    scores: tuple[float | None, float | None], p: float
+) -> None:
+    class Judge:
+        async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
+            return [make_verdict(comparison, p, p, *scores) for comparison in comparisons]
+
+    result = await pairs_of(group("x", "y"), Judge(), margin=0.0)
+    a, b = scores
+    scored = a is not None and b is not None and math.isfinite(a) and math.isfinite(b)
+    best = ("y" if b > a else "x") if scored else ("y" if p < 0.5 else "x")  # type: ignore[operator]
+    p_best = p if best == "x" else 1.0 - p
+    fate = "dropped_invalid" if math.isnan(p) else "kept" if p_best > 0.5 else "dropped_tie"
+    assert {
+        name: result.counts[name] for name in ("kept", "dropped_tie", "dropped_invalid") if result.counts[name]
+    } == {fate: 1}
+    assert [(pair.chosen, pair.p_chosen) for pair in result.pairs] == ([(best, p_best)] if fate == "kept" else [])
+
+
 async def test_one_verdict_without_scores_is_enough_for_a_round_robin() -> None:
     class Half(ScoreJudge):
         def _verdict(self, comparison: Comparison, a: float | None, b: float | None) -> Verdict:
