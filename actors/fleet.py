@@ -199,8 +199,8 @@ class GeneratorFleet:
         self._drop(found, reason)
         self._tell_if_hopeless()
 
-    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
-        """Yield responses as they end, those of one message together, from all serving members at once.
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+        """Yield responses as they end, from all serving members at once.
 
         While nobody serves but somebody is being started again it waits. Raises `RLHFError` when nobody can serve any
         more, `DeadlineError` after `deadline` seconds.
@@ -219,7 +219,8 @@ class GeneratorFleet:
                     if isinstance(item, BaseException):
                         raise item
                     received += len(item)
-                    yield item
+                    for rollout in item:
+                        yield rollout
         except TimeoutError:
             raise DeadlineError(
                 f"generators: not all of {dispatch.expected} responses came within {deadline:.0f} s; {self._states()}"

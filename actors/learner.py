@@ -250,7 +250,7 @@ class LearnerGroup:
     async def train(self, sealed: SealedRound, others: Mapping[str, SealedRound]) -> AsyncIterator[StepReport]:
         """Yield the round's step reports as they are made."""
         self._ranks.check()
-        arguments = self._shared(sealed), self._shared(dict(others))
+        arguments = self._shared(sealed), self._shared(dict(others)) if others else {}
         methods = [handle.train.options(num_returns="streaming") for handle in self._ranks.handles]
         reports: asyncio.Queue[StepReport | None] = asyncio.Queue()
         calls = [_follow(method.remote(*arguments), reports) for method in methods]

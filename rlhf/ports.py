@@ -23,11 +23,8 @@ from rlhf.records import (
 class Generators(Protocol):
     """Samples responses on whichever replica is free."""
 
-    def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
-        """Yield responses as they end, those that arrive together in one list.
-
-        Raises `DeadlineError` after `deadline` seconds.
-        """
+    def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+        """Yield each response as it ends; raise `DeadlineError` after `deadline` seconds."""
         ...
 
 
@@ -207,7 +204,7 @@ class BetaController(Protocol):
     """Chooses beta; fed once per optimizer step with statistics already reduced over ranks."""
 
     def beta(self, pairs: Sequence[Pair]) -> float | Sequence[float]:
-        """The beta of the next step: one for all of its `pairs`, or one for each."""
+        """The beta of the next step: one for all of its `pairs`, or one for each. The pairs have no texts here."""
         ...
 
     def observe(self, statistics: Mapping[str, float]) -> None:

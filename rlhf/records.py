@@ -157,6 +157,8 @@ _PACKED = {name: IDS for name in _PAIR_FIELDS if name.endswith("_ids")} | {
 class SealedRound:
     """The pairs of a round as read back from disk, with the digest they were sealed under.
 
+    Pickled or copied, it has token ids and no texts: every rank gets it, and trains token ids.
+
     `ordered` says that they are to be trained as they come; otherwise the learner shuffles them. Of `group` neighbours
     none may be trained without the others in the same micro-batch. `weight` is that of a stream's loss beside the
     round's own pairs. `span` says which part of the run the round is, as two fractions of it; None is an equal share.
@@ -171,8 +173,7 @@ class SealedRound:
     span: tuple[float, float] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pairs as columns, since records by the ten thousand take long, and without their texts: every rank gets them,
-        and trains token ids."""
+        """Pairs as columns, since records by the ten thousand take long."""
         columns = [() if name in _TEXTS else _column(self.pairs, name) for name in _PAIR_FIELDS]
         return _sealed_round, (columns, self.round, self.digest, self.ordered, self.group, self.weight, self.span)
 

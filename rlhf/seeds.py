@@ -13,7 +13,10 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def derive_seeds(seed: int, uids: Iterable[str], scope: int | str, count: int) -> list[tuple[int, ...]]:
-    """For each of the `uids`, `derive_seed(seed, uid, scope, k)` for k = 0 to `count` - 1, at a third of the cost."""
+    """For each of the `uids`, `derive_seed(seed, uid, scope, k)` for k = 0 to `count` - 1, at a third of the cost.
+
+    `count` is at least 1.
+    """
     before = blake2b(f"int:{seed}\x1fstr:".encode(), digest_size=8)
     after = [f"\x1f{type(scope).__name__}:{scope}\x1fint:{k}".encode() for k in range(count)]
     digests = []

@@ -90,11 +90,11 @@ class Evaluator:
     async def _sample(self, round: int) -> list[Rollout]:
         config = self._config
         requests = sample_requests(list(self._prompts), config.evaluation.samples, config.seed, "evaluation")
-        rollouts: list[Rollout] = []
+        rollouts = []
         with self._monitor.progress("evaluate", len(requests) * config.evaluation.samples) as bar:
-            async for ended in self._generators.sample(requests, config.cluster.deadlines.generate):
-                rollouts += ended
-                bar.advance(len(ended))
+            async for rollout in self._generators.sample(requests, config.cluster.deadlines.generate):
+                rollouts.append(rollout)
+                bar.advance()
         self._folder.mkdir(exist_ok=True)
         await asyncio.to_thread(write_rollouts, self._path(round), rollouts)
         return rollouts

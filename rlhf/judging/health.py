@@ -125,8 +125,10 @@ def _score_metrics(verdicts: Sequence[Verdict]) -> dict[str, float]:
     prompts = np.array([numbers.setdefault(uid, len(numbers)) for uid, _ in scores])
     values = np.array(list(scores.values()))
     counts = np.bincount(prompts)
-    means = np.bincount(prompts, values) / counts
-    spreads = np.sqrt(np.bincount(prompts, (values - means[prompts]) ** 2) / counts)
+    # From each prompt's first score on, so that equal ones differ by nothing at all.
+    steps = values - values[np.unique(prompts, return_index=True)[1]][prompts]
+    means = np.bincount(prompts, steps) / counts
+    spreads = np.sqrt(np.bincount(prompts, (steps - means[prompts]) ** 2) / counts)
     metrics = {"judge/score_mean": _mean(values)}
     if (several := counts > 1).any():
         metrics["judge/score_spread"] = _mean(spreads[several])

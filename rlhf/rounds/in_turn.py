@@ -33,11 +33,11 @@ class InTurnGenerators:
         self._generators = generators
         self._turns = turns
 
-    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
         """See the port; the deadline begins with the turn."""
         async with self._turns.take(GENERATORS):
-            async for rollouts in self._generators.sample(requests, deadline):
-                yield rollouts
+            async for rollout in self._generators.sample(requests, deadline):
+                yield rollout
 
 
 class InTurnJudge:

@@ -137,14 +137,13 @@ class OnlineSource:
         started = time.monotonic()
         async with asyncio.TaskGroup() as tasks, Gathered(tasks, pairing) as whole:
             with self._monitor.progress("generate", len(prompts) * samples) as bar:
-                async for ended in self._generators.sample(requests, self._config.cluster.deadlines.generate):
-                    bar.advance(len(ended))
-                    for rollout in ended:
-                        group = groups[rollout.uid]
-                        group.append(rollout)
-                        if len(group) == samples:
-                            # Judging starts with the first finished prompt, while others are still sampled.
-                            whole.add((by_uid[rollout.uid], group))
+                async for rollout in self._generators.sample(requests, self._config.cluster.deadlines.generate):
+                    bar.advance()
+                    group = groups[rollout.uid]
+                    group.append(rollout)
+                    if len(group) == samples:
+                        # Judging starts with the first finished prompt, while others are still sampled.
+                        whole.add((by_uid[rollout.uid], group))
             generate_s = time.monotonic() - started
             results = []
             with self._monitor.progress("judge", whole.count) as bar:

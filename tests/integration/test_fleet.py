@@ -120,12 +120,11 @@ def requests(count: int, seed: int = 0) -> list[SampleRequest]:
 Responses = dict[tuple[str, int], Rollout]
 
 
-async def collect(stream: AsyncIterator[list[Rollout]], seen: Responses | None = None) -> Responses:
+async def collect(stream: AsyncIterator[Rollout], seen: Responses | None = None) -> Responses:
     found: Responses = {} if seen is None else seen
-    async for ended in stream:
-        for rollout in ended:
-            assert (rollout.uid, rollout.k) not in found
-            found[rollout.uid, rollout.k] = rollout
+    async for rollout in stream:
+        assert (rollout.uid, rollout.k) not in found
+        found[rollout.uid, rollout.k] = rollout
     return found
 
 
@@ -197,10 +196,11 @@ async def test_generators_killed_in_mid_sampling_cost_nothing_and_come_back(laun
     same(await collect(fleet.sample(given, 120)), undisturbed)
 
 
-def stream(handle: Any, given: Sequence[SampleRequest]) -> AsyncIterator[list[Rollout]]:
-    async def rollouts() -> AsyncIterator[list[Rollout]]:
+def stream(handle: Any, given: Sequence[SampleRequest]) -> AsyncIterator[Rollout]:
+    async def rollouts() -> AsyncIterator[Rollout]:
         async for reference in handle.sample.options(num_returns="streaming").remote(list(given), SAMPLING):
-            yield (await reference).rollouts()
+            for rollout in (await reference).rollouts():
+                yield rollout
 
     return rollouts()
 

@@ -112,6 +112,6 @@ class World:
         return self
 
     async def sample(self, given: Sequence[SampleRequest], deadline: float = 20.0) -> dict[tuple[str, int], int]:
-        found = [rollout async for ended in self.fleet.sample(given, deadline) for rollout in ended]
+        found = [rollout async for rollout in self.fleet.sample(given, deadline)]
         assert max(Counter((rollout.uid, rollout.k) for rollout in found).values(), default=1) == 1
         return {(rollout.uid, rollout.k): rollout.token_ids[0] for rollout in found}

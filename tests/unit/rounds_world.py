@@ -80,14 +80,14 @@ class World:
         await asyncio.sleep(self._random.choice((0, 0, 0.001, 0.003)) if self._random else 0)
 
     # Generators
-    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
         await self.point("sample")
         for request in requests:
             for k, seed in enumerate(request.seeds):
                 await self.point("response")
                 ids = (seed % 50_000, seed // 50_000 % 50_000)
                 span = VersionSpan(self.serving, 0, 2)
-                yield [Rollout(request.prompt.uid, k, ids, (-1.0, -0.5), str(ids), "stop", (span,))]
+                yield Rollout(request.prompt.uid, k, ids, (-1.0, -0.5), str(ids), "stop", (span,))
 
     # Judge
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:

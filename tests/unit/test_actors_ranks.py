@@ -4,6 +4,7 @@ import asyncio
 import gc
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from actors.learner import LearnerGroup
 from rlhf.config.system import Deadlines
 from rlhf.errors import DeadlineError, LearnerLostError, RLHFError
 from rlhf.health import RestartBudget
-from rlhf.records import SealedRound, StepReport
+from rlhf.records import Pair, SealedRound, StepReport
 
 pytestmark = pytest.mark.timeout(30)
 
 ROUND = SealedRound(1, (), "digest")
+PAIR = Pair("u", 1, (1,), (2,), (3,), "", "", "", 0.9, 0, 0)
 
 
 def in_task(cause: BaseException) -> ray.exceptions.RayTaskError:
@@ -30,7 +32,16 @@ def in_task(cause: BaseException) -> ray.exceptions.RayTaskError:
     return ray.exceptions.RayTaskError("method", text, cause)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What stands for a value in the calls of several ranks."""
+
+    value: Any
+
+
 class Method:
+    """Arguments that stand for a value become the value, as Ray's references do; those inside others do not."""
+
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
 
@@ -39,7 +50,7 @@ class Method:
         return self
 
     def remote(self, *arguments: Any) -> Any:
-        return self._call(*arguments)
+        return self._call(*(each.value if isinstance(each, Shared) else each for each in arguments))
 
 
 class Rank:
@@ -48,6 +59,7 @@ class Rank:
     def __init__(self, number: int, meet: Callable[[], Awaitable[None]] | None = None) -> None:
         self.number = number
         self.called: list[str] = []
+        self.given: dict[str, tuple[Any, ...]] = {}
         self.dead = asyncio.Event()
         self._meet = meet
         self.news_s = 0.0
@@ -56,7 +68,11 @@ class Rank:
         self.dead.set()
 
     def __getattr__(self, name: str) -> Method:
-        return Method(self._stream if name == "train" else lambda *arguments: self._answer(name))
+        def call(*arguments: Any) -> Any:
+            self.given[name] = arguments
+            return self._stream(*arguments) if name == "train" else self._answer(name)
+
+        return Method(call)
 
     async def _alive(self) -> None:
         await self.dead.wait()
@@ -121,9 +137,9 @@ class Setup:
         deadlines = Deadlines(learn=deadline, sync=deadline, checkpoint=deadline, start=deadline)
         self.group = LearnerGroup(self.ranks, deadlines, (), self._launch, self.budget, self.alerts.append, self._share)
 
-    def _share(self, value: Any) -> Any:
+    def _share(self, value: Any) -> Shared:
         self.shared.append(value)
-        return value
+        return Shared(value)
 
     @property
     def ranks(self) -> list[Rank]:
@@ -295,16 +311,28 @@ async def test_a_rank_that_died_when_nothing_was_asked_of_it_is_found() -> None:
     assert "rank 1 died" in setup.alerts[0]
 
 
-async def test_what_all_ranks_get_is_packed_once() -> None:
-    setup = Setup()
-    reports = [report async for report in setup.group.train(ROUND, {})]
+async def test_what_several_ranks_get_is_packed_once_for_all_of_them() -> None:
+    setup, others = Setup(), {"anchor": SealedRound(1, (), "other")}
+    reports = [report async for report in setup.group.train(ROUND, others)]
     assert [report.step for report in reports] == [0, 1]
-    assert setup.shared == [ROUND, {}]
-    assert all("train" in rank.called for rank in setup.ranks)
-    alone = LearnerGroup([Rank(0)], Deadlines(), (), None, setup.budget, setup.alerts.append, setup._share)
-    assert len([report async for report in alone.train(ROUND, {})]) == 2
-    # One rank's call packs them: an object of its own would only be one more.
-    assert len(setup.shared) == 2
+    await setup.group.score([PAIR])
+    await setup.group.evaluate([PAIR, PAIR])
+    assert setup.shared == [ROUND, others, (PAIR,), (PAIR, PAIR)]
+    for rank in setup.ranks:
+        assert (rank.given["train"], rank.given["score"], rank.given["evaluate"]) == (
+            (ROUND, others),
+            ((PAIR,),),
+            ((PAIR, PAIR),),
+        )
+        assert rank.given["train"][0] is setup.shared[0]
+
+
+async def test_one_rank_is_given_its_arguments_as_they_are() -> None:
+    setup, rank = Setup(), Rank(0)
+    group = LearnerGroup([rank], Deadlines(), (), None, setup.budget, setup.alerts.append, setup._share)
+    assert len([report async for report in group.train(ROUND, {})]) == 2
+    await group.score([PAIR])
+    assert (rank.given["train"], rank.given["score"], setup.shared) == ((ROUND, {}), ((PAIR,),), [])
 
 
 async def test_ranks_at_work_are_there() -> None:

@@ -115,8 +115,9 @@ class Ports:
         self.logged: list[tuple[str, int, dict[str, float]]] = []
         self.alerts: list[str] = []
 
-    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
-        yield self.now
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+        for rollout in self.now:
+            yield rollout
 
     def log(self, event: str, round: int, metrics: dict[str, float], step: int | None = None) -> None:
         self.logged.append((event, round, dict(metrics)))

@@ -133,8 +133,9 @@ class Ports:
         self.alerts: list[str] = []
         self.rows: list[Sequence[Any]] = []
 
-    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
-        yield self.now
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+        for rollout in self.now:
+            yield rollout
 
     def log(self, event: str, round: int, metrics: dict[str, float], step: int | None = None) -> None:
         self.logged.append(dict(metrics))

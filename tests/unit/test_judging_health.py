@@ -1,5 +1,6 @@
 """Judge metrics against hand counts, and correlations worked out by hand."""
 
+import itertools
 import math
 import re
 import statistics
@@ -67,9 +68,10 @@ def test_score_mean_counts_each_response_once() -> None:
     verdicts = [
         verdict("x", "y", 0.7, score_a=1.0, score_b=0.0),
         verdict("x", "z", 0.7, score_a=1.0, score_b=-0.4),
+        verdict("w", "x", 0.7, score_a=2.0, score_b=1.0),
         verdict("x", "y", 0.7, uid="q", score_a=0.5, score_b=0.4),
     ]
-    assert judge_metrics(verdicts)["judge/score_mean"] == pytest.approx((1.0 + 0.0 - 0.4 + 0.5 + 0.4) / 5)
+    assert judge_metrics(verdicts)["judge/score_mean"] == pytest.approx((1.0 + 0.0 - 0.4 + 2.0 + 0.5 + 0.4) / 6)
 
 
 def test_healthy_judge_gives_no_warning() -> None:
@@ -142,6 +144,13 @@ def test_score_spread_is_the_mean_over_prompts_of_what_their_responses_differ() 
     assert "judge/score_spread" not in judge_metrics([verdict("x", "y", 0.7)])
 
 
+@pytest.mark.parametrize("score", [0.1, 0.7, -1e9])
+def test_equal_scores_have_no_spread_at_all(score: float) -> None:
+    names = itertools.combinations(["x", "yy", "zzz"], 2)
+    verdicts = [verdict(a, b, 0.5, score_a=score, score_b=score) for a, b in names]
+    assert judge_metrics(verdicts)["judge/score_spread"] == 0.0
+
+
 P = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 1.0, math.nan])
 TEXT = st.text("ab", min_size=1, max_size=3)
 SCORE = st.one_of(st.none(), st.floats(-10, 10), st.just(math.nan))
@@ -160,6 +169,9 @@ VERDICTS = st.lists(
 @given(verdicts=VERDICTS)
 def test_metrics_are_finite_shares_whatever_the_judge_says(verdicts: list[Verdict]) -> None:
     metrics = judge_metrics(verdicts)
+    valid = [each for each in verdicts if each.state is not VerdictState.INVALID]
+    assert metrics["judge/flip_rate"] == sum(each.flipped for each in valid) / max(1, len(valid))
+    assert metrics["judge/confidence"] == pytest.approx(sum(abs(2 * each.p - 1) for each in valid) / max(1, len(valid)))
     assert all(math.isfinite(value) for value in metrics.values())
     shares = ("flip_rate", "tie_rate", "invalid_rate", "truncated_rate", "confidence")
     assert all(0.0 <= metrics[f"judge/{name}"] <= 1.0 for name in shares)

@@ -226,10 +226,10 @@ async def test_a_stop_is_not_forgotten_when_the_learner_dies_meanwhile(tmp_path:
     class Slow(Mortal):
         """Its sampling takes a moment to be stopped; the stop arrives then."""
 
-        async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
+        async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
             try:
-                async for ended in super().sample(requests, deadline):
-                    yield ended
+                async for rollout in super().sample(requests, deadline):
+                    yield rollout
                     if self.taken:
                         await asyncio.sleep(60)
             except asyncio.CancelledError:

@@ -47,7 +47,7 @@ class Ports:
         self.empty_uid = ""
         self.alerts: list[str] = []
 
-    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
         self.deadline = deadline
         self.requests += requests
         wanted = [(request.prompt.uid, k, seed) for request in requests for k, seed in enumerate(request.seeds)]
@@ -57,7 +57,7 @@ class Ports:
             reason = "length" if k == 0 else "stop"
             spans = (VersionSpan(0, 0, len(ids)),)
             scores = logprobs([-0.5] * len(ids))
-            yield [Rollout(uid, k, token_ids(ids), scores, f"{seed:020d}", reason, spans)]
+            yield Rollout(uid, k, token_ids(ids), scores, f"{seed:020d}", reason, spans)
 
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
         self.judged += [item.uid for item in comparisons]
@@ -151,12 +151,12 @@ async def test_responses_that_would_be_too_old_at_training_are_dropped_and_count
     class Old(Ports):
         """Its rounds are sampled under version 0; the first prompt's last response has a token of version -1."""
 
-        async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
-            async for [rollout] in super().sample(requests, deadline):
+        async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+            async for rollout in super().sample(requests, deadline):
                 if rollout.uid == requests[0].prompt.uid and rollout.k == 2:
-                    yield [replace(rollout, versions=(VersionSpan(-1, 0, 1), VersionSpan(0, 1, 2)))]
+                    yield replace(rollout, versions=(VersionSpan(-1, 0, 1), VersionSpan(0, 1, 2)))
                 else:
-                    yield [rollout]
+                    yield rollout
 
     source = make_source(ports := Old(), tmp_path, make_config(), prompts=9)
     for round, (pairs, stale) in enumerate([(3, 0.0), (2, 1.0), (0, 9.0)], start=1):
@@ -175,9 +175,9 @@ async def test_a_pairs_age_is_that_of_its_oldest_token(tmp_path: Path) -> None:
     class Mixed(Ports):
         """Each response ran through an update: its end is of the version that is being trained."""
 
-        async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
-            async for [rollout] in super().sample(requests, deadline):
-                yield [replace(rollout, versions=(VersionSpan(0, 0, 1), VersionSpan(1, 1, 2)))]
+        async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
+            async for rollout in super().sample(requests, deadline):
+                yield replace(rollout, versions=(VersionSpan(0, 0, 1), VersionSpan(1, 1, 2)))
 
     source = make_source(Mixed(), tmp_path, make_config())
     await source.streams(1)
@@ -300,13 +300,13 @@ class Interlocked(Ports):
         super().__init__()
         self.judging, self.sampled = asyncio.Event(), asyncio.Event()
 
-    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
         count = 0
-        async for ended in super().sample(requests, deadline):
+        async for rollout in super().sample(requests, deadline):
             if count == len(requests[0].seeds):
                 await self.judging.wait()
             count += 1
-            yield ended
+            yield rollout
         self.sampled.set()
 
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:

@@ -170,11 +170,11 @@ class Parts:
         assert [each.name for each in self.parties.values() if each.awake] == [name], what
         self.log.append(what)
 
-    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[list[Rollout]]:
+    async def sample(self, requests: Sequence[SampleRequest], deadline: float) -> AsyncIterator[Rollout]:
         for index in range(2):
             await asyncio.sleep(0.01)
             self.alone(GENERATORS, f"sample {index}")
-            yield [Rollout("u", index, (1,), (-1.0,), "t", "stop", ())]
+            yield Rollout("u", index, (1,), (-1.0,), "t", "stop", ())
 
     async def compare(self, comparisons: Sequence[Comparison]) -> list[Any]:
         self.alone("judge", "compare")
