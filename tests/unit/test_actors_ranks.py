@@ -40,8 +40,6 @@ class Shared:
 
 
 class Method:
-    """Arguments that stand for a value become the value, as Ray's references do; those inside others do not."""
-
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
 
@@ -50,7 +48,7 @@ class Method:
         return self
 
     def remote(self, *arguments: Any) -> Any:
-        return self._call(*(each.value if isinstance(each, Shared) else each for each in arguments))
+        return self._call(*arguments)
 
 
 class Rank:
@@ -70,7 +68,9 @@ class Rank:
     def __getattr__(self, name: str) -> Method:
         def call(*arguments: Any) -> Any:
             self.given[name] = arguments
-            return self._stream(*arguments) if name == "train" else self._answer(name)
+            # As Ray does with its references.
+            values = [each.value if isinstance(each, Shared) else each for each in arguments]
+            return self._stream(*values) if name == "train" else self._answer(name)
 
         return Method(call)
 
@@ -319,12 +319,9 @@ async def test_what_several_ranks_get_is_packed_once_for_all_of_them() -> None:
     await setup.group.evaluate([PAIR, PAIR])
     assert setup.shared == [ROUND, others, (PAIR,), (PAIR, PAIR)]
     for rank in setup.ranks:
-        assert (rank.given["train"], rank.given["score"], rank.given["evaluate"]) == (
-            (ROUND, others),
-            ((PAIR,),),
-            ((PAIR, PAIR),),
-        )
-        assert rank.given["train"][0] is setup.shared[0]
+        assert rank.given["train"] == (Shared(ROUND), Shared(others))
+        assert rank.given["score"] == (Shared((PAIR,)),)
+        assert rank.given["evaluate"] == (Shared((PAIR, PAIR)),)
 
 
 async def test_one_rank_is_given_its_arguments_as_they_are() -> None:
