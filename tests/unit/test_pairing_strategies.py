@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -15,64 +15,11 @@ from rlhf.config.judge import SentimentJudge as SentimentConfig
 from rlhf.config.pairing import Pairing
 from rlhf.errors import RLHFError
 from rlhf.judging.sentiment import SentimentJudge
-from rlhf.judging.verdicts import invalid_verdict, make_verdict, sigmoid
-from rlhf.packed import logprobs, token_ids
-from rlhf.records import Comparison, Message, Prompt, Rollout, Verdict, VersionSpan
-from rlhf.rounds.pairing import DRAWING, STRATEGIES, Group, PairingResult, make_pairs
-
-PROMPT = Prompt("p", (Message(role="user", content="Hi"),), "<user>Hi", (7, 8))
-
-
-class TableJudge:
-    """Verdicts by a function of the two texts; remembers each batch."""
-
-    def __init__(self, rule: Callable[[str, str], tuple[float, float]]) -> None:
-        self.rule = rule
-        self.batches: list[list[Comparison]] = []
-
-    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        self.batches.append(list(comparisons))
-        return [make_verdict(c, *self.rule(c.a, c.b)) for c in comparisons]
-
-
-def rollout(k: int, text: str, versions: tuple[int, ...] = (3,), uid: str = "p") -> Rollout:
-    ids = token_ids(list(text.encode()))
-    spans = tuple(VersionSpan(version, i, i + 1) for i, version in enumerate(versions))
-    return Rollout(uid, k, ids, logprobs(-0.1 * t for t in range(len(ids))), text, "stop", spans if ids else ())
-
-
-def group(*texts: str) -> list[Rollout]:
-    return [rollout(k, text) for k, text in enumerate(texts)]
-
-
-async def pairs_of(
-    rollouts: Sequence[Rollout],
-    judge: object,
-    strategy: str = "best_vs_worst",
-    margin: float = 0.1,
-    seed: int = 0,
-    **kw: int,
-) -> PairingResult:
-    config = Pairing(strategy=strategy, min_margin=margin)
-    group = Group(PROMPT, rollouts, np.random.default_rng(seed))
-    [result] = await make_pairs([group], judge, config, 5, **kw)  # type: ignore[arg-type]
-    return result
-
-
-def by_strength(**strength: float) -> TableJudge:
-    """Bradley-Terry over named strengths."""
-
-    def rule(a: str, b: str) -> tuple[float, float]:
-        p = 1 / (1 + math.exp(strength[b] - strength[a]))
-        return p, p
-
-    return TableJudge(rule)
-
-
-def table(**p: float) -> TableJudge:
-    """p(x beats y) under the name xy, the mirror filled in."""
-    full = dict(p) | {key[::-1]: 1 - value for key, value in p.items()}
-    return TableJudge(lambda a, b: (full[a + b], full[a + b]))
+from rlhf.judging.verdicts import invalid_verdict
+from rlhf.packed import token_ids
+from rlhf.records import Comparison, Rollout, Verdict, VersionSpan
+from rlhf.rounds.pairing import DRAWING, STRATEGIES, Group, make_pairs
+from tests.unit.pairing_world import PROMPT, TableJudge, by_strength, group, pairs_of, rollout, table
 
 
 async def test_best_vs_worst_end_to_end_record() -> None:
@@ -102,77 +49,6 @@ async def test_round_robin_is_one_batch_of_all_matches() -> None:
     assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [("best", "worst")]
     [batch] = judge.batches
     assert [(c.index_a, c.index_b) for c in batch] == list(itertools.combinations(range(4), 2))
-
-
-class ScoreJudge:
-    """Scores one response alone, by a table; a response without an entry cannot be judged."""
-
-    def __init__(self, scores: dict[str, float]) -> None:
-        self.scores = scores
-        self.batches: list[list[Comparison]] = []
-
-    async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-        self.batches.append(list(comparisons))
-        return [self._verdict(c, self.scores.get(c.a), self.scores.get(c.b)) for c in comparisons]
-
-    def _verdict(self, comparison: Comparison, a: float | None, b: float | None) -> Verdict:
-        if a is None or b is None:
-            return invalid_verdict(comparison, "no score", a, b)
-        p = sigmoid(a - b)
-        return make_verdict(comparison, p, p, a, b)
-
-
-@settings(deadline=None, max_examples=60)
-@given(scores=st.lists(st.one_of(st.none(), st.integers(-4, 4)), min_size=2, max_size=9))
-async def test_scores_need_one_look_at_each_response_and_the_final(scores: list[int | None]) -> None:
-    known = {f"r{n}": float(score) for n, score in enumerate(scores) if score is not None}
-    judge = ScoreJudge(known)
-    result = await pairs_of(group(*(f"r{n}" for n in range(len(scores)))), judge, margin=0.0)
-    assert len(judge.batches[0]) == math.ceil(len(scores) / 2)
-    assert {text for c in judge.batches[0] for text in (c.a, c.b)} == {f"r{n}" for n in range(len(scores))}
-    if len(known) >= 2:
-        assert [len(batch) for batch in judge.batches[1:]] in ([], [1])
-    if len(set(known.values())) > 1:
-        [pair] = result.pairs
-        assert (known[pair.chosen], known[pair.rejected]) == (max(known.values()), min(known.values()))
-        assert pair.p_chosen == pytest.approx(sigmoid(max(known.values()) - min(known.values())))
-    else:
-        assert result.pairs == ()
-    asked = [frozenset((c.a, c.b)) for batch in judge.batches for c in batch]
-    assert len(set(asked)) == len(asked)
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9, math.nan])
-@pytest.mark.parametrize("scores", itertools.product([None, math.nan, -math.inf, 0.0, 1.0], repeat=2))
-async def test_of_two_responses_the_scores_rank_and_the_verdict_decides(
-    scores: tuple[float | None, float | None], p: float
-) -> None:
-    class Judge:
-        async def compare(self, comparisons: Sequence[Comparison]) -> list[Verdict]:
-            return [make_verdict(comparison, p, p, *scores) for comparison in comparisons]
-
-    result = await pairs_of(group("x", "y"), Judge(), margin=0.0)
-    a, b = scores
-    scored = a is not None and b is not None and math.isfinite(a) and math.isfinite(b)
-    best = ("y" if b > a else "x") if scored else ("y" if p < 0.5 else "x")  # type: ignore[operator]
-    p_best = p if best == "x" else 1.0 - p
-    fate = "dropped_invalid" if math.isnan(p) else "kept" if p_best > 0.5 else "dropped_tie"
-    assert {
-        name: result.counts[name] for name in ("kept", "dropped_tie", "dropped_invalid") if result.counts[name]
-    } == {fate: 1}
-    assert [(pair.chosen, pair.p_chosen) for pair in result.pairs] == ([(best, p_best)] if fate == "kept" else [])
-
-
-async def test_one_verdict_without_scores_is_enough_for_a_round_robin() -> None:
-    class Half(ScoreJudge):
-        def _verdict(self, comparison: Comparison, a: float | None, b: float | None) -> Verdict:
-            verdict = super()._verdict(comparison, a, b)
-            return replace(verdict, score_a=None) if comparison.a == "y" else verdict
-
-    judge = Half({"x": 0.0, "w": 1.0, "y": 2.0, "z": 3.0})
-    result = await pairs_of(group("x", "w", "y", "z"), judge)
-    assert [len(batch) for batch in judge.batches] == [2, 4]
-    assert [(pair.chosen, pair.rejected) for pair in result.pairs] == [("z", "x")]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -45,10 +45,11 @@ def best_vs_worst(group: Sequence[Rollout], prompt: Prompt, rng: np.random.Gener
 
 def of_two(i: int, j: int, verdict: Verdict) -> Candidate:
     """The candidate of i against j where there are no others: what the rules for many come to."""
-    a, b = verdict.score_a, verdict.score_b
-    if a is None or b is None or not (math.isfinite(a) and math.isfinite(b)):
-        return standings({(i, j): verdict})
-    return ranked(j, i, {(i, j): verdict}) if b > a else ranked(i, j, {(i, j): verdict})
+    results = {(i, j): verdict}
+    scores = response_scores(results)
+    if len(scores) < 2:
+        return standings(results)
+    return ranked(j, i, results) if scores[j] > scores[i] else ranked(i, j, results)
 
 
 def covering(positions: Sequence[int]) -> list[Match]:
@@ -66,9 +67,11 @@ def response_scores(results: Results) -> dict[int, float]:
     """
     scores: dict[int, float] = {}
     for (i, j), verdict in results.items():
-        sides = [(i, verdict.score_a), (j, verdict.score_b)]
-        found = {position: score for position, score in sides if score is not None and math.isfinite(score)}
-        if len(found) < 2 and verdict.state is not VerdictState.INVALID:
+        a, b = verdict.score_a, verdict.score_b
+        if has_a := a is not None and math.isfinite(a):
+            scores[i] = a
+        if has_b := b is not None and math.isfinite(b):
+            scores[j] = b
+        if not (has_a and has_b) and verdict.state is not VerdictState.INVALID:
             return {}
-        scores |= found
     return scores
